@@ -1,0 +1,16 @@
+"""llmkern: kernels for language and vision-language models, as differentiable torch ops."""
+
+from pathlib import Path as _Path
+
+from llmkern._library import load_cpu_module as _load_cpu_module
+from llmkern.ops.mix_logits import mix_hidden_states, mix_logits
+from llmkern.ops.sample_mixed import sample_mixed
+
+__version__ = "0.1.0"
+__all__ = ["mix_hidden_states", "mix_logits", "sample_mixed"]
+
+# In a checkout the Triton kernels lie beside this package, in kernels/; an installed wheel holds them inside it.
+if (_Path(__file__).parent.parent / "setup.py").exists():
+    __path__.append(str(_Path(__file__).parent.parent))
+
+_load_cpu_module()
