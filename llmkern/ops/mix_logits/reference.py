@@ -51,7 +51,9 @@ def reference_weight(weights: Tensor) -> Tensor:
     """1 - W, (B,), the weight of the reference under reverse KL; zero within the rounding of the sum."""
     total = weights.sum(-1)
     noise = weights.shape[-1] * torch.finfo(torch.float32).eps * weights.abs().sum(-1)
-    return torch.where((1 - total).abs() <= noise, torch.zeros_like(total), 1 - total)
+    rest = 1 - total
+    # Subtracted, not replaced, so that the derivative -1 stays.
+    return rest - torch.where(rest.abs() <= noise, rest, torch.zeros_like(rest)).detach()
 
 
 def mix_logits_reference(
