@@ -1,0 +1,57 @@
+// The Python module of one instruction set. Nothing is registered when it loads: the loader compares build_info() with
+// what it expects and only then calls register_ops(), so that a stale build is an ImportError and not an abort.
+#include <pybind11/pybind11.h>
+#include <torch/library.h>
+
+#include <map>
+#include <memory>
+#include <string>
+
+#define LLMKERN_TEXT_(x) #x
+#define LLMKERN_TEXT(x) LLMKERN_TEXT_(x)
+
+namespace llmkern {
+inline namespace CPU_CAPABILITY {
+void register_mix_logits(torch::Library& library);
+void register_sample_mixed(torch::Library& library);
+}  // namespace CPU_CAPABILITY
+
+namespace {
+
+// Also found by its first word in the bytes of a module that does not load.
+const char kStamp[] =
+    "llmkern-build:torch=" LLMKERN_TEXT(LLMKERN_TORCH) ";isa=" LLMKERN_TEXT(LLMKERN_ISA) ";schemas=" LLMKERN_TEXT(
+        LLMKERN_SCHEMAS) ";";
+
+std::map<std::string, std::string> build_info() {
+  std::map<std::string, std::string> info;
+  std::string stamp(kStamp);
+  stamp.erase(0, stamp.find(':') + 1);
+  while (!stamp.empty()) {
+    const auto equals = stamp.find('='), end = stamp.find(';');
+    info[stamp.substr(0, equals)] = stamp.substr(equals + 1, end - equals - 1);
+    stamp.erase(0, end + 1);
+  }
+  return info;
+}
+
+void register_ops() {
+  // Kernels stay registered as long as this object lives, which is for good.
+  static torch::Library library(torch::Library::IMPL, "llmkern", c10::DispatchKey::CPU, __FILE__, __LINE__);
+  static bool registered = false;
+  if (std::exchange(registered, true)) return;
+  register_mix_logits(library);
+  register_sample_mixed(library);
+}
+
+}  // namespace
+}  // namespace llmkern
+
+PYBIND11_MODULE(LLMKERN_MODULE, m) {
+  m.def("build_info", [] {
+    pybind11::dict info;
+    for (const auto& [key, value] : llmkern::build_info()) info[pybind11::str(key)] = value;
+    return info;
+  });
+  m.def("register_ops", &llmkern::register_ops);
+}

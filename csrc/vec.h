@@ -1,0 +1,266 @@
+// One register of numbers as a value: GCC's vector types, sized by the instruction set that this file is compiled for.
+//
+// Lanes<float> and Lanes<double> take + - * / < == and the ternary operator lane by lane. Storage types (half, bfloat16)
+// widen on load and round to nearest even on store. Loops run over full registers and end with one partial register, so
+// that body and tail share their text:
+//
+//   for_lanes<float>(0, n, [&](int64_t i, auto lanes) { store(y + i, a * load(x + i, lanes), lanes); });
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+#include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace llmkern {
+inline namespace CPU_CAPABILITY {
+
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int kRegisterBytes = 64;
+#elif defined(CPU_CAPABILITY_AVX2)
+constexpr int kRegisterBytes = 32;
+#else
+constexpr int kRegisterBytes = 16;
+#endif
+
+template <typename T, int kBytes>
+struct VectorType {
+  typedef T type __attribute__((vector_size(kBytes)));
+};
+
+template <typename A>
+using Lanes = typename VectorType<A, kRegisterBytes>::type;
+template <typename A>
+constexpr int kLanes = kRegisterBytes / sizeof(A);
+
+using Floats = Lanes<float>;
+using Doubles = Lanes<double>;
+using Ints = Lanes<int32_t>;
+using Words = Lanes<uint32_t>;
+
+// Type of computation for a type of storage.
+template <typename T>
+using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+constexpr float kInf = std::numeric_limits<float>::infinity();
+
+template <typename To, typename From>
+inline To reinterpret(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  std::memcpy(&y, &x, sizeof(y));
+  return y;
+}
+
+template <typename A>
+inline Lanes<A> fill(A x) {
+  return Lanes<A>{} + x;
+}
+
+// Loads and stores ---------------------------------------------------------------------------------------------------
+
+struct All {};
+struct First {
+  int count;
+};
+
+template <typename A, typename Body>
+inline void for_lanes(int64_t begin, int64_t end, Body body) {
+  int64_t i = begin;
+  for (; i + kLanes<A> <= end; i += kLanes<A>) body(i, All{});
+  if (i < end) body(i, First{static_cast<int>(end - i)});
+}
+
+inline Floats load(const float* p, All) {
+  Floats x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+
+inline Doubles load(const double* p, All) {
+  Doubles x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+
+inline Floats load(const c10::BFloat16* p, All) {
+  typename VectorType<uint16_t, kRegisterBytes / 2>::type bits;
+  std::memcpy(&bits, p, sizeof(bits));
+  return reinterpret<Floats>(__builtin_convertvector(bits, Words) << 16);
+}
+
+inline Floats load(const c10::Half* p, All) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Floats x;
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = static_cast<float>(p[i]);
+  return x;
+#endif
+}
+
+// Lanes past the end read as zero.
+template <typename T>
+inline Lanes<Acc<T>> load(const T* p, First lanes) {
+  T padded[kLanes<Acc<T>>] = {};
+  std::memcpy(static_cast<void*>(padded), p, lanes.count * sizeof(T));
+  return load(padded, All{});
+}
+
+inline void store(float* p, Floats x, All) { std::memcpy(p, &x, sizeof(x)); }
+
+inline void store(double* p, Doubles x, All) { std::memcpy(p, &x, sizeof(x)); }
+
+inline void store(c10::BFloat16* p, Floats x, All) {
+  // Add half of the last kept place, and one more where the kept part is odd: to nearest, ties to even.
+  const Words bits = reinterpret<Words>(x);
+  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Words kept = x == x ? rounded : Words{} + 0x7fc0;
+  const auto narrow = __builtin_convertvector(kept, typename VectorType<uint16_t, kRegisterBytes / 2>::type);
+  std::memcpy(static_cast<void*>(p), &narrow, sizeof(narrow));
+}
+
+inline void store(c10::Half* p, Floats x, All) {
+#if defined(CPU_CAPABILITY_AVX512)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(CPU_CAPABILITY_AVX2)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes<float>; ++i) p[i] = x[i];
+#endif
+}
+
+template <typename T>
+inline void store(T* p, Lanes<Acc<T>> x, First lanes) {
+  T padded[kLanes<Acc<T>>];
+  store(padded, x, All{});
+  std::memcpy(static_cast<void*>(p), padded, lanes.count * sizeof(T));
+}
+
+// x with the lanes past the end set to `value`.
+template <typename A>
+inline Lanes<A> pad_with(Lanes<A> x, A, All) {
+  return x;
+}
+
+template <typename A>
+inline Lanes<A> pad_with(Lanes<A> x, A value, First lanes) {
+  for (int i = lanes.count; i < kLanes<A>; ++i) x[i] = value;
+  return x;
+}
+
+template <typename A>
+inline A sum(Lanes<A> x) {
+  A total = 0;
+  for (int i = 0; i < kLanes<A>; ++i) total += x[i];
+  return total;
+}
+
+template <typename V>
+inline V max(V x, V y) {
+  return x > y ? x : y;
+}
+
+template <typename A>
+inline A top(Lanes<A> x) {
+  A best = x[0];
+  for (int i = 1; i < kLanes<A>; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+}
+
+// Elementary functions: NaN in, NaN out. The float ones err by at most 2 units in the last place.  -------------------
+
+namespace detail {
+constexpr float kLog2e = 1.44269504088896341f;
+// ln 2 in two parts, the first short enough that its product with an exponent is exact.
+constexpr float kLn2High = 0.693359375f;
+constexpr float kLn2Low = -2.12194440054690583e-4f;
+// Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
+constexpr float kRounder = 12582912.0f;
+
+// (exp(r) - 1 - r) / r^2 for |r| <= ln(2)/2: interpolation at Chebyshev nodes, relative error of exp 1e-8.
+inline Floats exp_tail(Floats r) {
+  return (((0.00139189435f * r + 0.00836317905f) * r + 0.0416666633f) * r + 0.166665770f) * r + 0.499999997f;
+}
+}  // namespace detail
+
+// Zero below -87.3; for x of at most 88.
+inline Floats exp(Floats x) {
+  const Floats shifted = x * detail::kLog2e + detail::kRounder;
+  const Floats n = shifted - detail::kRounder;
+  const Floats r = (x - n * detail::kLn2High) - n * detail::kLn2Low;
+  const Floats poly = (detail::exp_tail(r) * r + 1.0f) * r + 1.0f;
+  const Floats power = reinterpret<Floats>((reinterpret<Ints>(shifted) + 127) << 23);
+  return x < -87.3f ? Floats{} : poly * power;
+}
+
+inline Doubles exp(Doubles x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+// exp(x) - 1 for x <= 0.
+inline Floats expm1_nonpositive(Floats x) {
+  const Floats near = (detail::exp_tail(x) * x + 1.0f) * x;
+  return x > -0.34f ? near : exp(x) - 1.0f;
+}
+
+inline Doubles expm1_nonpositive(Doubles x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::expm1(x[i]);
+  return x;
+}
+
+// -inf at zero, NaN below.
+inline Floats log(Floats x) {
+  const auto tiny = x < 1.17549435e-38f;
+  const Floats scaled = tiny ? x * 33554432.0f : x;
+  const Ints bits = reinterpret<Ints>(scaled);
+  // Mantissa to [sqrt(1/2), sqrt(2)), so that the series is short.
+  const Ints exponent = (bits - 0x3f3504f3) >> 23;
+  const Floats m = reinterpret<Floats>(bits - (exponent << 23));
+  const Floats e = __builtin_convertvector(exponent, Floats) - (tiny ? fill(25.0f) : Floats{});
+  const Floats s = (m - 1.0f) / (m + 1.0f);
+  const Floats q = s * s;
+  const Floats series = (((0.2222222222f * q + 0.2857142857f) * q + 0.4f) * q + 0.6666666667f) * q * s;
+  const Floats finite = e * detail::kLn2High + (2.0f * s + (series + e * detail::kLn2Low));
+  const Floats edge = x == 0.0f ? fill(-kInf) : (x > 0.0f ? x : fill(std::numeric_limits<float>::quiet_NaN()));
+  return (x > 0.0f) & (x < kInf) ? finite : edge;
+}
+
+inline Doubles log(Doubles x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::log(x[i]);
+  return x;
+}
+
+// For x of at least 0 and finite.
+inline Floats log1p(Floats x) {
+  const Floats u = x + 1.0f;
+  return log(u) + (x - (u - 1.0f)) / u;
+}
+
+inline Doubles log1p(Doubles x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = std::log1p(x[i]);
+  return x;
+}
+
+// log(1 + exp(x))
+template <typename V>
+inline V softplus(V x) {
+  const V magnitude = x > 0 ? x : -x;
+  return max(x, V{}) + log1p(exp(-magnitude));
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace llmkern
