@@ -1,0 +1,90 @@
+# make demo, make test, ...: a Linux machine with Python 3.10 to 3.13 and a C++ compiler is all they need. Each target makes
+# what it misses (.venv, the pinned packages, the compiled modules) and does no work twice.
+
+VENV ?= .venv
+ARGS ?=
+OUT ?= bench/out
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := $(wildcard csrc/*) setup.py llmkern/_library.py $(shell find llmkern/ops -name '*.py')
+
+# Good for us: a supported version that can make environments. An explicit PYTHON is the only candidate.
+CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3.10 python3.13 python3)
+CHECK_PYTHON := import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
+
+# Tests that run kernels; they run once for each module that this machine can run, and once for the references.
+KERNEL_TESTS := $(wildcard tests/test_ops.py tests/test_mix_logits.py tests/test_sample_mixed.py)
+RUNNABLE := from llmkern._library import supported_isas; print(*supported_isas())
+
+.PHONY: help demo test bench lint sanitize gpu wheel clean install build
+
+help:
+	@echo 'make demo              train, tune and decode on real text; report in report/index.html'
+	@echo 'make test              the whole suite, on every CPU module that this machine can run'
+	@echo 'make bench [ARGS=...]  benchmarks against their peers; rows in bench/results.csv'
+	@echo 'make lint              ruff, clang-format, mypy'
+	@echo 'make sanitize          the op tests under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make gpu [OUT=folder]  build, suite and benchmarks on a CUDA machine without network'
+	@echo 'make wheel             sdist and wheel in dist/'
+	@echo 'make clean             removes all that the other targets made'
+
+demo: $(VENV)/built-native
+	$(BIN)/llmkern demo $(ARGS)
+
+# The whole suite comes last, so that its closing line closes the run.
+test: $(VENV)/built-all
+	@set -e; isas=$$(LLMKERN_CPU=off $(BIN)/python -c '$(RUNNABLE)'); \
+	if ! ls llmkern/_cpu_*.so >/dev/null 2>&1; then isas=off; fi; \
+	set -- $$isas; best=$$1; shift; \
+	if [ -n '$(KERNEL_TESTS)' ] && [ $$best != off ]; then for isa in "$$@" off; do \
+	    echo "The kernel tests on LLMKERN_CPU=$$isa:"; LLMKERN_CPU=$$isa $(BIN)/pytest -q $(KERNEL_TESTS) $(ARGS); \
+	done; fi; \
+	echo "The whole suite on LLMKERN_CPU=$$best:"; LLMKERN_CPU=$$best $(BIN)/pytest -q $(ARGS)
+
+bench: $(VENV)/built-native
+	$(BIN)/pytest bench $(ARGS)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.cpp csrc/*.h)
+	$(BIN)/mypy
+
+wheel: $(VENV)/installed
+	$(BIN)/python -m build --no-isolation
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info bench/out report llmkern/_cpu_*.so
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks .cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# What the targets above need ------------------------------------------------------------------------------------------
+
+install: $(VENV)/installed
+build: $(VENV)/built-all
+
+$(BIN)/python:
+	@for python in $(CANDIDATES); do \
+	    if "$$python" -c '$(CHECK_PYTHON)' 2>/dev/null; then "$$python" -m venv $(VENV) && exit; fi; \
+	done; \
+	echo 'make: expected Python 3.10 to 3.13 with its venv module, got none among: $(CANDIDATES); install one (Debian and' \
+	    'Ubuntu: python3-venv) or name it: make PYTHON=...' >&2; exit 1
+
+# torch comes before the modules that are built against it, hence two steps: packages here, compiled modules below.
+$(VENV)/installed: constraints.txt setup.py pyproject.toml | $(BIN)/python
+	@echo 'Installing the pinned packages into $(VENV), once (where torch comes with CUDA this is some gigabytes)'
+	$(PIP) install --quiet -c constraints.txt pip setuptools wheel ninja
+	LLMKERN_BUILD_ISA=none $(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
+
+# Without a compiler nothing is built and there is no stamp, so that a later call builds once there is one.
+STAMP = if ls llmkern/_cpu_*.so >/dev/null 2>&1; then touch
+
+$(VENV)/built-all: $(VENV)/installed $(SOURCES)
+	LLMKERN_BUILD_ISA=all $(BIN)/python setup.py --quiet build_ext --inplace
+	@$(STAMP) $@ $(VENV)/built-native; fi
+
+$(VENV)/built-native: $(VENV)/installed $(SOURCES)
+	@$(MAKE) --question $(VENV)/built-all >/dev/null 2>&1 || \
+	    LLMKERN_BUILD_ISA=native $(BIN)/python setup.py --quiet build_ext --inplace
+	@$(STAMP) $@; fi
