@@ -18,6 +18,8 @@ inline namespace CPU_CAPABILITY {
 // Rows go in pieces of this many entries: 8 KiB of floats, which stay in the first-level cache, and the unit of every
 // sum. Sums run within a piece, then over pieces in order, so that no result depends on the number of threads.
 constexpr int64_t kPiece = 2048;
+// What is worth the waking of a thread, where the pieces of one row go in parallel.
+constexpr int64_t kPiecesPerTask = 8;
 
 inline int64_t count_pieces(int64_t n) { return (n + kPiece - 1) / kPiece; }
 

@@ -196,8 +196,8 @@ inline Floats exp_tail(Floats r) {
 }
 }  // namespace detail
 
-// Zero below -87.3; for x of at most 88.
-inline Floats exp(Floats x) {
+// Zero below -87.3. For x of at most zero, which spares the upper bound.
+inline Floats exp_nonpositive(Floats x) {
   const Floats shifted = x * detail::kLog2e + detail::kRounder;
   const Floats n = shifted - detail::kRounder;
   const Floats r = (x - n * detail::kLn2High) - n * detail::kLn2Low;
@@ -206,18 +206,22 @@ inline Floats exp(Floats x) {
   return x < -87.3f ? Floats{} : poly * power;
 }
 
-inline Doubles exp(Doubles x) {
+inline Doubles exp_nonpositive(Doubles x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
   return x;
 }
 
-// exp(x) - 1 for x <= 0.
-inline Floats expm1_nonpositive(Floats x) {
+// Held at exp(88) above, so that what follows stays finite.
+inline Floats exp(Floats x) { return exp_nonpositive(x > 88.0f ? fill(88.0f) : x); }
+
+inline Doubles exp(Doubles x) { return exp_nonpositive(x); }
+
+inline Floats expm1(Floats x) {
   const Floats near = (detail::exp_tail(x) * x + 1.0f) * x;
-  return x > -0.34f ? near : exp(x) - 1.0f;
+  return (x > -0.34f) & (x < 0.34f) ? near : exp(x) - 1.0f;
 }
 
-inline Doubles expm1_nonpositive(Doubles x) {
+inline Doubles expm1(Doubles x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::expm1(x[i]);
   return x;
 }
@@ -259,7 +263,7 @@ inline Doubles log1p(Doubles x) {
 template <typename V>
 inline V softplus(V x) {
   const V magnitude = x > 0 ? x : -x;
-  return max(x, V{}) + log1p(exp(-magnitude));
+  return max(x, V{}) + log1p(exp_nonpositive(-magnitude));
 }
 
 }  // namespace CPU_CAPABILITY

@@ -1,0 +1,225 @@
+// Rows of a logit mixture, as mix_logits and sample_mixed see them: the arguments, the log-sum-exp of a row, and the row
+// of exact reverse KL, a weighted sum of logits. Notation and formulas: llmkern/ops/mix_logits/reference.py.
+#pragma once
+
+#include <c10/util/SmallVector.h>
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "common.h"
+
+namespace llmkern {
+inline namespace CPU_CAPABILITY {
+
+enum class Divergence { kReverseKl, kForwardKl, kAlpha, kJsd };
+
+inline Divergence parse_divergence(std::string_view name) {
+  if (name == "reverse_kl") return Divergence::kReverseKl;
+  if (name == "forward_kl") return Divergence::kForwardKl;
+  if (name == "alpha") return Divergence::kAlpha;
+  TORCH_CHECK_VALUE(name == "jsd",
+                    "mix_logits: expected divergence to be one of reverse_kl, forward_kl, alpha, jsd, got ", name);
+  return Divergence::kJsd;
+}
+
+// Entries of a scratch row: room for the last partial register, which is padded with entries of no mass.
+inline int64_t padded(int64_t vocab) { return (vocab + 63) / 64 * 64; }
+
+template <typename T>
+struct MixInputs {
+  using A = Acc<T>;
+
+  MixInputs(at::TensorList logits_, const at::Tensor& weights_, const std::optional<at::Tensor>& reference_,
+            const std::optional<at::Tensor>& carry_, std::string_view divergence_, double alpha_, bool exact_)
+      : divergence(parse_divergence(divergence_)),
+        alpha(static_cast<A>(divergence == Divergence::kAlpha ? alpha_ : 1.0)),
+        exact(exact_),
+        rows(logits_[0].size(0)),
+        vocab(logits_[0].size(1)),
+        models(static_cast<int64_t>(logits_.size())) {
+    for (const at::Tensor& x : logits_) hold(x);
+    if (reference_) hold(*reference_);
+    weights = as_rows(weights_);
+    if (carry_) carry = as_rows(*carry_);
+  }
+
+  const T* logits_row(int64_t model, int64_t row) const { return pointers[model] + row * strides[model]; }
+  const T* reference_row(int64_t row) const { return has_reference() ? logits_row(models, row) : nullptr; }
+  bool has_reference() const { return static_cast<int64_t>(pointers.size()) > models; }
+  const A* weights_row(int64_t row) const { return weights.const_data_ptr<A>() + row * models; }
+  A carry_of(int64_t row, int64_t model) const {
+    return carry.defined() ? carry.const_data_ptr<A>()[row * models + model] : A(0);
+  }
+
+  // 1 - W, the weight of the reference under reverse KL; zero within the rounding of the sum.
+  A reference_weight(int64_t row) const {
+    double total = 0, magnitude = 0;
+    for (int64_t i = 0; i < models; ++i) {
+      total += weights_row(row)[i];
+      magnitude += std::abs(weights_row(row)[i]);
+    }
+    const double noise = models * std::numeric_limits<float>::epsilon() * magnitude;
+    return static_cast<A>(std::abs(1 - total) <= noise ? 0.0 : 1 - total);
+  }
+
+  Divergence divergence;
+  A alpha;
+  bool exact;
+  int64_t rows, vocab, models;
+  std::vector<const T*> pointers;
+  std::vector<int64_t> strides;
+  at::Tensor weights, carry;
+
+ private:
+  void hold(const at::Tensor& x) {
+    TORCH_CHECK_VALUE(x.dim() == 2 && x.size(0) == rows && x.size(1) == vocab, "mix_logits: expected rows of shape (",
+                      rows, ", ", vocab, "), got ", x.sizes());
+    held_.push_back(x.stride(1) == 1 || vocab == 1 ? x : x.contiguous());
+    pointers.push_back(held_.back().template const_data_ptr<T>());
+    strides.push_back(held_.back().stride(0));
+  }
+  at::Tensor as_rows(const at::Tensor& x) const {
+    TORCH_CHECK_VALUE(x.dim() == 2 && x.size(0) == rows && x.size(1) == models,
+                      "mix_logits: expected weights and carry of shape (", rows, ", ", models, "), got ", x.sizes());
+    return x.to(c10::CppTypeToScalarType<A>::value).contiguous();
+  }
+
+  std::vector<at::Tensor> held_;
+};
+
+// Log-sum-exp by pieces ------------------------------------------------------------------------------------------------
+
+template <typename A>
+struct PieceSum {
+  A top;
+  A sum;
+};
+
+// Sum of exp(z - top) over one piece of n padded entries; NaN where z holds NaN, which top overlooks.
+template <typename A>
+inline PieceSum<A> sum_exp_piece(const A* z, int64_t n, A top) {
+  const Lanes<A> shift = fill(top > -std::numeric_limits<A>::infinity() ? top : A(0));
+  Lanes<A> even{}, odd{};
+  int64_t i = 0;
+  for (; i + 2 * kLanes<A> <= n; i += 2 * kLanes<A>) {
+    even += exp_nonpositive(load(z + i, All{}) - shift);
+    odd += exp_nonpositive(load(z + i + kLanes<A>, All{}) - shift);
+  }
+  for (; i < n; i += kLanes<A>) even += exp_nonpositive(load(z + i, All{}) - shift);
+  return {top, sum<A>(even + odd)};
+}
+
+// Log-sum-exp of a row from its pieces, in their order; not finite where the row holds no distribution.
+template <typename A>
+inline A combine(const PieceSum<A>* pieces, int64_t count) {
+  A top = -std::numeric_limits<A>::infinity();
+  for (int64_t i = 0; i < count; ++i) top = std::max(top, pieces[i].top);
+  double total = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const bool dead = pieces[i].top == -std::numeric_limits<A>::infinity();
+    total += dead ? pieces[i].sum : pieces[i].sum * std::exp(static_cast<double>(pieces[i].top) - top);
+  }
+  return static_cast<A>(top + std::log(total));
+}
+
+// Exact reverse KL -----------------------------------------------------------------------------------------------------
+
+template <typename T>
+struct Term {
+  const T* row;
+  Acc<T> weight;
+};
+
+// z = sum_i w_i logits_i + (1 - W) reference, over the models of weight.
+template <typename T>
+class LinearRow {
+ public:
+  using A = Acc<T>;
+
+  LinearRow(const MixInputs<T>& in, int64_t row) {
+    for (int64_t i = 0; i < in.models; ++i) add(in.logits_row(i, row), in.weights_row(row)[i]);
+    if (in.has_reference()) add(in.reference_row(row), in.reference_weight(row));
+  }
+
+  // Writes z[begin, end) to out[0, end - begin), padded to a full register with -inf; returns its maximum.
+  A mix(int64_t begin, int64_t end, A* out) const {
+    if (negative_) return mix_signed(begin, end, out);
+    switch (terms_.size()) {
+      case 1:
+        return mix_terms<1>(begin, end, out);
+      case 2:
+        return mix_terms<2>(begin, end, out);
+      case 3:
+        return mix_terms<3>(begin, end, out);
+      case 4:
+        return mix_terms<4>(begin, end, out);
+      default:
+        return mix_terms<0>(begin, end, out);
+    }
+  }
+
+ private:
+  void add(const T* row, A weight) {
+    if (weight == 0) return;
+    terms_.push_back({row, weight});
+    negative_ |= weight < 0;
+  }
+
+  template <int kTerms>
+  A mix_terms(int64_t begin, int64_t end, A* out) const {
+    const Term<T>* terms = terms_.data();
+    const int count = kTerms > 0 ? kTerms : static_cast<int>(terms_.size());
+    Lanes<A> best = fill(-std::numeric_limits<A>::infinity());
+    for_lanes<A>(begin, end, [&](int64_t i, auto lanes) {
+      Lanes<A> z{};
+      for (int j = 0; j < count; ++j) z += terms[j].weight * load(terms[j].row + i, lanes);
+      z = pad_with(z, -std::numeric_limits<A>::infinity(), lanes);
+      store(out + (i - begin), z, All{});
+      best = max(z, best);
+    });
+    return top<A>(best);
+  }
+
+  // With a negative weight -inf times it would be +inf, or NaN beside a -inf of positive weight, which decides.
+  A mix_signed(int64_t begin, int64_t end, A* out) const {
+    const Lanes<A> excluded = fill(-std::numeric_limits<A>::infinity());
+    Lanes<A> best = excluded;
+    for_lanes<A>(begin, end, [&](int64_t i, auto lanes) {
+      Lanes<A> z{}, lowest{};
+      for (const Term<T>& term : terms_) {
+        const Lanes<A> x = load(term.row + i, lanes);
+        z += term.weight * x;
+        if (term.weight > 0) lowest = x < lowest ? x : lowest;
+      }
+      z = pad_with(lowest == excluded ? excluded : z, -std::numeric_limits<A>::infinity(), lanes);
+      store(out + (i - begin), z, All{});
+      best = max(z, best);
+    });
+    return top<A>(best);
+  }
+
+  c10::SmallVector<Term<T>, 8> terms_;
+  bool negative_ = false;
+};
+
+template <typename T>
+inline Acc<T> log_sum_exp(const T* row, int64_t vocab) {
+  using A = Acc<T>;
+  c10::SmallVector<PieceSum<A>, 128> pieces(count_pieces(vocab));
+  for_pieces(vocab, 16, [&](int64_t piece, int64_t begin, int64_t end) {
+    alignas(64) A z[kPiece];
+    Lanes<A> best = fill(-std::numeric_limits<A>::infinity());
+    for_lanes<A>(begin, end, [&](int64_t i, auto lanes) {
+      const Lanes<A> x = pad_with(load(row + i, lanes), -std::numeric_limits<A>::infinity(), lanes);
+      store(z + (i - begin), x, All{});
+      best = max(x, best);
+    });
+    pieces[piece] = sum_exp_piece(z, end - begin, top<A>(best));
+  });
+  return combine(pieces.data(), pieces.size());
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace llmkern
