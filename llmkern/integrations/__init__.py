@@ -1,0 +1,1 @@
+"""Other libraries' ways into llmkern, one file each, imported on use."""

@@ -1,0 +1,1 @@
+"""One pipeline a paper, built of public operations."""
