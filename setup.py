@@ -96,7 +96,7 @@ def schema_hash():
 def ninja_text(torch, modules, objects):
     """The build as one ninja file, so that all modules compile in parallel and only what changed compiles again.
 
-    modules: {isa: file to make}. The stamp of torch version, instruction set and schemas goes to module.cpp alone.
+    modules: {isa: file to make}. The hash of the schemas goes to module.cpp alone.
     Modules leave OpenMP to the library that torch loads: linked to another copy they would have threads of their own,
     which torch.set_num_threads does not reach.
     """
@@ -107,6 +107,8 @@ def ninja_text(torch, modules, objects):
     compile_flags = [
         "-std=c++20 -fPIC -fopenmp -fvisibility=hidden -Wall -Wno-unknown-pragmas",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        # Headers of torch are system headers, which ninja does not follow: its version in the flags stands for them.
+        f"-DLLMKERN_TORCH={torch.__version__.split('+')[0]}",
         *sanitize,
         *(f"-isystem {shlex.quote(path)}" for path in includes),
     ]
@@ -116,13 +118,13 @@ def ninja_text(torch, modules, objects):
         "-lc10 -ltorch_cpu -ltorch -ltorch_python",
         *([] if "-g" in sanitize else ["-s"]),
     ]
-    stamp = f"-DLLMKERN_TORCH={torch.__version__.split('+')[0]} -DLLMKERN_SCHEMAS={schema_hash()}"
+    schemas = f"-DLLMKERN_SCHEMAS={schema_hash()}"
     lines = [
         f"cxx = {shlex.join(compiler())}",
         f"flags = {' '.join(compile_flags)}",
         f"ldflags = {' '.join(link_flags)}",
         "rule compile",
-        "  command = $cxx -MMD -MF $out.d $flags $isa $stamp -c $in -o $out",
+        "  command = $cxx -MMD -MF $out.d $flags $isa $schemas -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = compile $out",
@@ -138,7 +140,7 @@ def ninja_text(torch, modules, objects):
             lines += [
                 f"build {made[-1]}: compile {ninja_path(source)}",
                 f"  isa = {' '.join(ISA_FLAGS[isa])} {macros} -DLLMKERN_MODULE=_cpu_{isa}",
-                f"  stamp = {stamp if source.stem == 'module' else ''}",
+                f"  schemas = {schemas if source.stem == 'module' else ''}",
             ]
         lines.append(f"build {ninja_path(target)}: link {' '.join(made)}")
     (objects / "build.ninja").write_text("\n".join(lines) + "\n")

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 ISAS = ("avx512", "avx2", "generic")
-REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 _CAPABILITY_TO_ISAS = {"AVX512": ISAS, "AVX2": ISAS[1:]}
 _library = torch.library.Library("llmkern", "FRAGMENT")
@@ -55,9 +54,7 @@ cpu_build = CpuBuild(None, "not loaded yet", {})
 # Definition -----------------------------------------------------------------------------------------------------------
 
 
-def define_op(
-    name: str, schema: str, *, stem: str, reference: Callable[..., Any], fake: Callable[..., Any]
-) -> None:
+def define_op(name: str, schema: str, *, stem: str, reference: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Define ``llmkern::<name>``: the schema, the reference that serves every device, and the shape function.
 
     ``llmkern.kernels.<stem>`` is to hold a function ``<name>`` of the same arguments for CUDA and ROCm tensors.
@@ -119,17 +116,34 @@ def load_cpu_module() -> None:
     _report_missing(wish)
 
 
+def built_modules() -> list[str]:
+    """File names of the CPU modules that lie beside this file, for whatever Python they were built."""
+    return sorted(path.name for path in Path(__file__).parent.glob("_cpu_*.so"))
+
+
+def rebuild_command() -> str:
+    """What mends or adds CPU modules: in a checkout they lie beside the package, else they came with it."""
+    root = Path(__file__).resolve().parent.parent
+    if (root / "setup.py").exists():
+        return f"cd {root} && python setup.py build_ext --inplace"
+    return "pip install --no-build-isolation --force-reinstall --no-deps PATH, with PATH a checkout of llmkern"
+
+
 def _report_missing(wish: str) -> None:
-    here = Path(__file__).parent
-    foreign = sorted(path.name for path in here.glob("_cpu_*.so"))
-    found = f"found only {', '.join(foreign)}" if foreign else "none is built"
+    built = built_modules()
+    found = f"found only {', '.join(built)}" if built else "none is built"
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    if wish or any(not name.endswith(suffix) for name in foreign):
+    if wish or any(not name.endswith(suffix) for name in built):
         wanted = f"_cpu_{wish or supported_isas()[0]}{suffix}"
-        raise ImportError(f"llmkern: expected the CPU module {wanted} in {here}, {found}; build it with: {REBUILD}")
-    cpu_build.reason = "no CPU module is built (a C++ compiler is needed at install time)"
+        raise ImportError(
+            f"llmkern: expected the CPU module {wanted} in {Path(__file__).parent}, {found}; build it with: "
+            f"{rebuild_command()} (LLMKERN_CPU=off runs on the torch references instead)"
+        )
+    cpu_build.reason = f"no CPU module for {' or '.join(supported_isas())} is built"
     warnings.warn(
-        f"llmkern: {cpu_build.reason}; every op runs on its slower torch reference. To build: {REBUILD}", stacklevel=3
+        f"llmkern: {cpu_build.reason}, so every op runs on its slower torch reference; with a C++ compiler installed, "
+        f"build one with: {rebuild_command()}",
+        stacklevel=3,
     )
 
 
@@ -147,7 +161,7 @@ def _register(isa: str, path: Path) -> None:
     try:
         module: ModuleType = importlib.import_module(f"llmkern.{path.name.partition('.')[0]}")
     except ImportError as error:
-        raise ImportError(_stale(path, _read_stamp(path), expected)) from error
+        raise ImportError(_stale(path, _read_stamp(path), expected, f" and does not load ({error})")) from error
     info = dict(module.build_info())
     if any(_comparable(key, info.get(key, "")) != value for key, value in expected.items()):
         raise ImportError(_stale(path, info, expected))
@@ -160,12 +174,15 @@ def _comparable(key: str, value: str) -> str:
     return _release(value) if key == "torch" else value
 
 
-def _stale(path: Path, built: dict[str, str], found: dict[str, str]) -> str:
+def _stale(path: Path, built: dict[str, str], found: dict[str, str], problem: str = "") -> str:
     def describe(info: dict[str, str]) -> str:
+        if not info:
+            return "an unknown purpose (it has no build stamp)"
         return f"torch {info.get('torch', '?')}, {info.get('isa', '?')}, schemas {info.get('schemas', '?')}"
 
     return (
-        f"llmkern: {path.name} was built for {describe(built)}, but this is {describe(found)}; rebuild with: {REBUILD}"
+        f"llmkern: {path.name} was built for {describe(built)}{problem}, but needed is one for {describe(found)}; "
+        f"rebuild with: {rebuild_command()}"
     )
 
 
