@@ -303,7 +303,7 @@ class DivergenceGradient {
     const V infinity = fill(std::numeric_limits<A>::infinity());
     const auto absent = (y == -infinity) | (a == -infinity);
     *k = absent ? V{} : *k;
-    *t = absent ? V{} : *t;
+    *t = absent | (r == -infinity) ? V{} : *t;
   }
 
   // dr from H and from H (1 - sum_i w_i K_i).

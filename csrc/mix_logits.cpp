@@ -110,12 +110,10 @@ void backward_reverse_kl(const MixInputs<T>& in, const T* dy, const Acc<T>* stat
           const T* policy = in.logits_row(m, row);
           V part{};
           for_lanes<A>(begin, end, [&](int64_t i, auto lanes) {
-            V ratio = load(policy + i, lanes);
-            // Where the model has no mass it has no say in its weight either; the first-order change is infinite.
-            const auto absent = ratio == dead;
-            if (reference) ratio -= load(reference + i, lanes);
+            const V a = load(policy + i, lanes), r = reference ? load(reference + i, lanes) : V{};
             const V dz = load(z + (i - begin), All{});
-            part += absent | (dz == V{}) ? V{} : dz * ratio;
+            // Where model or reference has no mass the derivative is infinite: no gradient passes there.
+            part += (a == dead) | (r == dead) | (dz == V{}) ? V{} : dz * (a - r);
           });
           weight_parts[piece * in.models + m] = sum<A>(part);
         }

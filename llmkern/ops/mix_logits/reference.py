@@ -39,6 +39,7 @@ class Rows(NamedTuple):
     a: Tensor
     r: Tensor
     weights: Tensor
+    excluded: Tensor
     dead: Tensor
     lse: Tensor
 
@@ -99,7 +100,7 @@ def _rows(logits: Sequence[Tensor], weights: Tensor, reference: Tensor | None, c
     dead = ((w > 0) & excluded).any(0)
     # A zero weight takes the model away: nothing of it may reach the sum, not even as 0 * -inf or 0 * NaN.
     a = torch.where((w == 0) & ~torch.isfinite(values), torch.zeros_like(values), values)
-    return Rows(a, r, w, dead, lse)
+    return Rows(a, r, w, excluded, dead, lse)
 
 
 def _mix_reverse_kl(rows: Rows, exact: bool) -> tuple[Tensor, list[Tensor]]:
@@ -144,7 +145,7 @@ def _mix_power(rows: Rows, divergence: str, alpha: float, exact: bool) -> tuple[
     h = torch.where(
         anchor_sign.unsqueeze(-1) > 0, -torch.expm1(anchor.unsqueeze(-1) - log_g), sign - anchor_sign.unsqueeze(-1) * e
     )
-    log_mix, root = _solve(b.masked_fill(dead, -math.inf), h, e, alpha)
+    log_mix, root = _solve(b, h, e, dead, alpha)
     return log_mix, [anchor, anchor_sign, root]
 
 
@@ -158,12 +159,13 @@ def _mix_jsd(rows: Rows, exact: bool) -> tuple[Tensor, list[Tensor]]:
         return log_mix.masked_fill(dead | (u >= 0), -math.inf), [zero, zero, zero]
     anchor = u.detach().masked_fill(dead, -math.inf).amax(-1)
     low = u - anchor.unsqueeze(-1)
-    log_mix, root = _solve((r + low).masked_fill(dead, -math.inf), -torch.expm1(low), torch.ones_like(u), 1.0)
+    log_mix, root = _solve(r + low, -torch.expm1(low), torch.ones_like(u), dead, 1.0)
     return log_mix, [anchor, torch.ones_like(zero), root]
 
 
-def _solve(b: Tensor, h: Tensor, e: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
+def _solve(b: Tensor, h: Tensor, e: Tensor, dead: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
     """Root d of sum exp(b) (h + d e)^(-1/alpha) = 1 a row; returns b - log(h + d e) / alpha, and d."""
+    b, h, e = b.masked_fill(dead, -math.inf), h.masked_fill(dead, 0), e.masked_fill(dead, 1)
     with torch.no_grad():
         b64, h64, e64 = b.double(), h.double(), e.double()
         d = (((alpha * b64).exp() - h64) / e64).amax(-1, keepdim=True).clamp(min=1e-300)
@@ -206,19 +208,22 @@ def mix_logits_backward_reference(
     """
     m = len(logits)
     dtype = compute_dtype(logits[0].dtype)
-    rows = _rows(logits, weights, reference, carry, normalize=True)
+    linear = divergence == "reverse_kl" and exact
+    rows = _rows(logits, weights, reference, carry, normalize=not linear)
     upcast = [row.to(dtype) for row in logits]
     upcast_ref = None if reference is None else reference.to(dtype)
     y = mix_logits_reference(upcast, weights, upcast_ref, carry, divergence, alpha, exact)[0]
     dead = y == -math.inf
     y, g = y.masked_fill(dead, 0), dy.to(dtype).masked_fill(dead, 0)
     r = rows.r.masked_fill(rows.r == -math.inf, 0)
-    absent = dead | (rows.a == -math.inf)
-    log_x = (rows.a - r).masked_fill(absent, 0)
+    absent = dead | rows.excluded
+    # With raw logits constants of a row cancel; without a reference there is none to subtract.
+    log_x = (rows.a if linear and reference is None else rows.a - r).masked_fill(absent, 0)
 
     if divergence == "reverse_kl":
         d = torch.ones_like(y)
-        k, t = torch.ones_like(log_x), log_x + (not exact)
+        # Where the reference has no mass its weight 1 - W has no finite derivative: no gradient passes there.
+        k, t = torch.ones_like(log_x), (log_x + (not exact)).masked_fill(rows.r == -math.inf, 0)
     elif divergence == "jsd":
         d = 1 + (y - r).exp()
         k, t = d * torch.sigmoid(-log_x), d * (F.logsigmoid(log_x) + math.log(2))
