@@ -56,7 +56,7 @@ class MixtureCache:
 
 
 class Rows(NamedTuple):
-    """Arguments of one mix, on one device and of one dtype: logits M x (B, V_i), weights (B, M), reference (B, V)."""
+    """Arguments of one mix, on one device and of one dtype: logits M x (B, V), weights (B, M), reference (B, V)."""
 
     logits: list[Tensor]
     weights: Tensor
@@ -121,7 +121,7 @@ def row_lengths(input_ids: Tensor, attention_mask: Tensor | None) -> int | Tenso
     return input_ids.shape[1] if attention_mask is None else attention_mask.sum(-1)
 
 
-def token_log_probs(logits: Tensor, tokens: Tensor, vocabulary: int) -> Tensor:
-    """Log-probability (B,) in fp32 of the chosen tokens (B,) under one model, over the shared vocabulary."""
-    wide = logits[:, :vocabulary].float()
+def token_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probability (B,) in fp32 of the chosen tokens (B,) under one model."""
+    wide = logits.float()
     return wide.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - wide.logsumexp(-1)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llmkern._library import bad_type, bad_value
 
@@ -25,6 +25,8 @@ def load_directories(
         named.append(("reference", reference))
     for name, path in named:
         _check_directory(op, name, Path(path))
+    for name, path in named:
+        _load(op, name, path, "config.json", AutoConfig, {})
     tokenizers = [_load(op, name, path, "tokenizer", AutoTokenizer, {}) for name, path in named]
     for (name, path), tokenizer in zip(named[1:], tokenizers[1:]):
         _check_same_tokens(op, f"{name} ({path})", tokenizer, f"{named[0][0]} ({named[0][1]})", tokenizers[0])

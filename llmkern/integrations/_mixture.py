@@ -67,7 +67,8 @@ class Mixture(nn.Module):
         self.config = copy.deepcopy(first.config)
         configs = [model.config.get_text_config(decoder=True) for model in self._streams()]
         mine = self.config.get_text_config(decoder=True)
-        mine.vocab_size = min(config.vocab_size for config in configs)
+        # That of all models, so that tokens do not depend on which of them happen to run.
+        self.vocabulary = mine.vocab_size = min(config.vocab_size for config in configs)
         if all(isinstance(getattr(config, "max_position_embeddings", None), int) for config in configs):
             mine.max_position_embeddings = min(config.max_position_embeddings for config in configs)
         defaults = getattr(first, "generation_config", None)
@@ -117,7 +118,7 @@ class Mixture(nn.Module):
     def _call(
         self, group: tuple[int, ...], inputs: dict[str, Any], cache: Any, use_cache: bool, keep: int
     ) -> tuple[list[Tensor], Any]:
-        """Logits (B, keep, V) of each stream of the group (all positions for keep = 0), and the cache."""
+        """Logits (B, keep, V_i) of each stream of the group (all positions for keep = 0), and the cache."""
         logits, cache = call_model(self._streams()[group[0]], inputs, cache, use_cache, keep)
         return [logits], cache
 
@@ -130,7 +131,7 @@ class Mixture(nn.Module):
         use_cache: bool,
         keep: int,
     ) -> dict[int, Tensor]:
-        """Logits (B, keep, V_i) by stream, after ``input_ids``, which follow what the caches hold."""
+        """Logits (B, keep, V) by stream, after ``input_ids``, which follow what the caches hold."""
         seen, (rows, new) = state.get_seq_length(), input_ids.shape
         groups = self._groups(streams)
         if seen and set(groups) != state.caches.keys():
@@ -149,7 +150,7 @@ class Mixture(nn.Module):
             found, cache = self._call(group, inputs, state.caches.get(group), use_cache, keep)
             if use_cache:
                 state.caches[group], state.rows = cache, rows
-            logits.update(zip(group, found))
+            logits.update(zip(group, (row[..., : self.vocabulary] for row in found)))
         return logits
 
     def _next_rows(
@@ -163,7 +164,7 @@ class Mixture(nn.Module):
     def policy_logits(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, *, logits_to_keep: int = 0
     ) -> tuple[list[Tensor], Tensor | None]:
-        """Logits (B, K, V_i) of each policy, and of the reference, at the last K positions (0: at all)."""
+        """Logits (B, K, V) of each policy, and of the reference, at the last K positions (0: at all)."""
         streams = range(len(self._streams()))
         logits = self._run(input_ids, attention_mask, MixtureCache(), streams, False, logits_to_keep)
         policies = len(self.policies)
@@ -185,12 +186,10 @@ class Mixture(nn.Module):
 
     def _carry_on(self, carry: Tensor, rows: Rows, plan: Plan, tokens: Tensor, unfinished: Tensor) -> Tensor:
         """carry_i + log pi_i(token) (- log ref(token)), for rows that go on and models that have weight in them."""
-        everything = [*rows.logits, *([] if rows.reference is None else [rows.reference])]
-        vocabulary = min(row.shape[-1] for row in everything)
         tokens = tokens.to(carry.device)
-        gained = torch.stack([token_log_probs(row, tokens, vocabulary) for row in rows.logits], -1)
+        gained = torch.stack([token_log_probs(row, tokens) for row in rows.logits], -1)
         if rows.reference is not None:
-            gained = gained - token_log_probs(rows.reference, tokens, vocabulary).unsqueeze(-1)
+            gained = gained - token_log_probs(rows.reference, tokens).unsqueeze(-1)
         counts = (rows.weights != 0) & unfinished.to(carry.device).bool().unsqueeze(-1)
         live = list(plan.live)
         carry = carry.clone()

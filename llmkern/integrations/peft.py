@@ -89,7 +89,9 @@ class AdapterMixture(MixtureForCausalLM):
         finally:
             hook.remove()
         hidden = caught[-1][:, -1].chunk(len(streams))
-        mixed = mix_hidden_states(hidden, head.weight, weights.to(head.weight.device), bias=head.bias)
+        kept = head.weight[: self.vocabulary]
+        bias = None if head.bias is None else head.bias[: self.vocabulary]
+        mixed = mix_hidden_states(hidden, kept, weights.to(kept.device), bias=bias)
         return Rows([mixed], mixed.new_ones(mixed.shape[0], 1, dtype=weights.dtype), None)
 
     def _head(self) -> Any:
@@ -110,7 +112,8 @@ class AdapterMixture(MixtureForCausalLM):
             return caught[-1]
 
         hook = head.register_forward_pre_hook(amplify) if type(head) is nn.Linear else None
-        ids = torch.zeros(1, 1, dtype=torch.long)
+        # Not the first id alone, whose embedding may be the zeros of padding.
+        ids = torch.arange(min(8, self.vocabulary)).unsqueeze(0)
         try:
             logits, _ = self._call_adapters(tuple(range(len(self.adapters))), {"input_ids": ids}, None, False, 1)
         except (ValueError, TypeError, NotImplementedError) as error:
@@ -119,7 +122,7 @@ class AdapterMixture(MixtureForCausalLM):
         finally:
             if hook is not None:
                 hook.remove()
-        if len(caught) != 1:
+        if len(caught) != 1 or not bool(caught[0].any()):
             return False
         again = nn.functional.linear(caught[0], head.weight, head.bias)
         return again.shape == logits.shape and torch.allclose(again.to(logits.dtype), logits)

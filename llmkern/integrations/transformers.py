@@ -181,7 +181,7 @@ class MixtureForCausalLM(Mixture, _GenerationMixin):
             raise bad_value(GENERATE, "input_ids", "inputs_embeds", "each model embeds tokens in its own way")
         ids = kwargs.get("input_ids") if inputs is None else inputs
         if ids is not None:
-            check_ids(ids, self.config.get_text_config(decoder=True).vocab_size, kwargs.get("past_key_values"))
+            check_ids(ids, self.vocabulary, kwargs.get("past_key_values"))
         given = self.weights if weights is None else weights
         given = check_weights(given, len(self.policies), None if ids is None else ids.shape[0])
         rows = ids.shape[0] if ids is not None else given.shape[0] if given.dim() == 2 else 1

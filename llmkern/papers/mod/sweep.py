@@ -90,7 +90,7 @@ def simplex(models: int, steps: int) -> Iterator[tuple[float, ...]]:
     """Weights k / steps that sum to one, the first model's falling."""
     for bars in itertools.combinations(range(steps + models - 1), models - 1):
         edges = [-1, *bars, steps + models - 1]
-        yield tuple((right - left - 1) / steps for left, right in zip(edges, edges[1:]))[::-1]
+        yield tuple((right - left - 1) / steps for left, right in itertools.pairwise(edges))[::-1]
 
 
 # Measurement ----------------------------------------------------------------------------------------------------------
@@ -148,9 +148,8 @@ def _read(mixture: Any, weights: tuple[float, ...], ids: Tensor, mask: Tensor, g
     rows, steps = generated.shape
     policies, reference = mixture.policy_logits(ids, mask, logits_to_keep=steps + 1)
     everything = [*policies, *([] if reference is None else [reference])]
-    vocabulary = min(logits.shape[-1] for logits in everything)
-    log_probs = [logits[:, :-1, :vocabulary].double().log_softmax(-1) for logits in everything]
-    tokens = ids[:, -steps:].clamp(max=vocabulary - 1).unsqueeze(-1)
+    log_probs = [logits[:, :-1].double().log_softmax(-1) for logits in everything]
+    tokens = ids[:, -steps:].unsqueeze(-1)
     chosen = [row.gather(-1, tokens).squeeze(-1).where(generated, 0.0) for row in log_probs]
     carry = None
     if mixture.prefix:
