@@ -50,6 +50,38 @@ lint: $(VENV)/installed
 	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.cpp csrc/*.h)
 	$(BIN)/mypy
 
+# A package of its own in build/address, so that the normal modules stay. The kernels alone are instrumented; leaks are
+# not looked for, since Python and torch keep memory until the end. A race detector needs an instrumented OpenMP runtime to
+# see what its barriers order: with the stock one ThreadSanitizer reports each parallel loop that is followed by a read,
+# so there is no such target; that results do not depend on the number of threads is what the suite tests instead.
+SANITIZED := build/address
+RUNTIMES := $(foreach library,libasan.so libubsan.so libstdc++.so,$$($(or $(CXX),g++) -print-file-name=$(library)))
+
+sanitize: $(VENV)/installed
+	LLMKERN_SANITIZE=address LLMKERN_BUILD_ISA=native $(BIN)/python setup.py --quiet \
+	    build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
+	@export PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib LD_PRELOAD="$(RUNTIMES)" UBSAN_OPTIONS=print_stacktrace=1 \
+	    ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 LLMKERN_CPU=; set -e; \
+	(cd $(SANITIZED)/lib && $(CURDIR)/$(BIN)/python -c 'from llmkern._library import cpu_build, __file__ as file; \
+	    assert cpu_build.isa; print("Sanitized:", cpu_build.isa, "in", file)'); \
+	$(BIN)/pytest -q -p no:cacheprovider -k 'not compile' $(KERNEL_TESTS) $(ARGS)
+
+# For a machine with a GPU but no network: the system's Python with its torch, Triton and pytest, and nothing installed.
+# Every part has its limit, ten minutes in all; what is slow or fails does not keep the next part from running.
+GPU_PYTHON ?= python3
+
+gpu:
+	@mkdir -p $(OUT); export PYTHONPATH=$(CURDIR); status=0; \
+	part() { log=$(OUT)/$$1.log; limit=$$2; lines=$$3; shift 3; echo "$$*"; \
+	    timeout $$limit "$$@" >$$log 2>&1 || { echo "failed (or took more than $$limit s): $$log"; status=1; }; \
+	    tail -n $$lines $$log; }; \
+	part build 120 3 env LLMKERN_BUILD_ISA=native $(GPU_PYTHON) setup.py --quiet build_ext --inplace; \
+	part doctor 30 40 $(GPU_PYTHON) -m llmkern doctor; \
+	part tests 270 30 $(GPU_PYTHON) -m pytest -q $(ARGS); \
+	part bench 150 80 $(GPU_PYTHON) -m pytest -q bench --device cuda --seconds 0.5 --no-plots \
+	    --results $(OUT)/results.csv $(ARGS); \
+	exit $$status
+
 wheel: $(VENV)/installed
 	$(BIN)/python -m build --no-isolation
 

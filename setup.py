@@ -31,13 +31,7 @@ if platform.machine() not in ("x86_64", "AMD64"):
 CAPABILITY = {"generic": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512"}
 SANITIZE = {
     "": ["-O3", "-DNDEBUG"],
-    "address": [
-        "-fsanitize=address,undefined",
-        "-fno-sanitize-recover=undefined",
-        "-fno-omit-frame-pointer",
-        "-O1",
-        "-g",
-    ],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-O1", "-g"],
     "thread": ["-fsanitize=thread", "-O1", "-g"],
 }
 
@@ -110,6 +104,8 @@ def ninja_text(torch, modules, objects):
         # Headers of torch are system headers, which ninja does not follow: its version in the flags stands for them.
         f"-DLLMKERN_TORCH={torch.__version__.split('+')[0]}",
         *sanitize,
+        # At -O1 GCC warns of its own intrinsics.
+        *(["-fno-omit-frame-pointer", "-Wno-maybe-uninitialized"] if "-g" in sanitize else []),
         *(f"-isystem {shlex.quote(path)}" for path in includes),
     ]
     link_flags = [

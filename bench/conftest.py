@@ -17,6 +17,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--quick", action="store_true", help="a fast run; rows go to the output folder")
     group.addoption("--seconds", type=float, help="time for each case (default 4, with --quick 0.3)")
     group.addoption("--results", type=Path, help="CSV file to add rows to (default bench/results.csv)")
+    group.addoption("--device", choices=("all", "cpu", "cuda"), default="all", help="where to run (default all)")
+    group.addoption("--no-plots", action="store_true", help="draw nothing")
     group.addoption("--out", type=Path, default=Path(os.environ.get("OUT", HERE / "out")), help="folder for plots")
 
 
@@ -46,6 +48,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_columns = ["median", "iqr", "rounds"]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("--device")
+    devices = {item: item.callspec.params.get("device") for item in items if hasattr(item, "callspec")}
+    others = [] if wanted == "all" else [item for item in items if devices.get(item, wanted) != wanted]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in set(others)]
+
+
 @pytest.fixture(scope="session")
 def bench_session(pytestconfig: pytest.Config) -> BenchSession:
     return pytestconfig.stash[SESSION]
@@ -55,7 +66,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     session = config.stash[SESSION]
     if not session.measurements:
         return
-    plots = plot(session.measurements, session.out)
+    plots = [] if config.getoption("--no-plots") else plot(session.measurements, session.out)
     terminalreporter.section("medians, ratios to llmkern and to the floor")
     for line in [*table(session.measurements), *growth_lines(session.measurements)]:
         terminalreporter.write_line(line)
