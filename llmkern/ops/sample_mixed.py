@@ -30,7 +30,7 @@ _LOW = 0xFFFFFFFF
 
 
 def philox_uniform(draws: Tensor, vocabulary: int) -> Tensor:
-    """Uniform numbers in (0, 1), float64 of 32 random bits, for each (row, token): Philox4x32-10.
+    """Uniform numbers in (0, 1), float32 of 32 random bits held as float64, for each (row, token): Philox4x32-10.
 
     draws (B, 3): seed, row, step. Token v takes word (v // 16) % 4 of the block with counter 16 (v // 64) + v % 16, so
     that 16 neighbouring tokens are one word of 16 neighbouring counters. The other counter words are row and step.
@@ -51,9 +51,8 @@ def philox_uniform(draws: Tensor, vocabulary: int) -> Tensor:
         keys = [(key + step_) & _LOW for key, step_ in zip(keys, _KEY_STEPS)]
     words = torch.stack(counters)
     picked = words.gather(0, ((tokens // 16) % 4).expand(1, draws.shape[0], -1)).squeeze(0)
-    # Rounded to float32 as the kernels do, and held below one so that every token has a finite time.
-    uniform = ((picked.double() + 0.5) * 2.0**-32).float()
-    return uniform.clamp(max=1 - 2.0**-24).double()
+    # In float32, as the kernels do, and held below one so that every token has a finite time.
+    return (picked.float() * 2.0**-32 + 2.0**-33).clamp(max=1 - 2.0**-24).double()
 
 
 def _wide_product(multiplier: int, x: Tensor) -> tuple[Tensor, Tensor]:
