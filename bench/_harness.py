@@ -44,7 +44,7 @@ from torch import Tensor
 
 MIN_ROUNDS, MIN_ROUNDS_QUICK, MAX_ROUNDS = 9, 3, 400
 # A sample shorter than this is several calls, so that the clock's own cost does not count.
-SAMPLE_SECONDS = 5e-4
+SAMPLE_SECONDS, PILOT_SECONDS = 5e-4, 0.05
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,8 +240,8 @@ def _time_in_turns(calls: dict[str, Callable[[], Any]], device: str, seconds: fl
     repeats = {}
     cost = 0.0
     for name, call in calls.items():
-        pilot = min(seconds_per_call(call, 1, device) for _ in range(2))
-        repeats[name] = max(1, math.ceil(SAMPLE_SECONDS / max(pilot, 1e-7)))
+        pilot = _pilot(call, device)
+        repeats[name] = max(1, math.ceil(SAMPLE_SECONDS / pilot))
         cost += pilot * repeats[name]
     rounds = max(MIN_ROUNDS if seconds >= 1 else MIN_ROUNDS_QUICK, min(MAX_ROUNDS, int(seconds / cost)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -257,6 +257,15 @@ def _time_in_turns(calls: dict[str, Callable[[], Any]], device: str, seconds: fl
     finally:
         gc.enable()
     return samples
+
+
+def _pilot(call: Callable[[], Any], device: str) -> float:
+    """Shortest of some calls; the first ones after compiling or waiting take many times as long as those to come."""
+    shortest, spent = math.inf, 0.0
+    while spent < PILOT_SECONDS:
+        seconds = max(seconds_per_call(call, 1, device), 1e-7)
+        shortest, spent = min(shortest, seconds), spent + seconds
+    return shortest
 
 
 def _call(case: Case, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[[], Any]:
