@@ -1,0 +1,30 @@
+"""``llmkern reproduce <paper>``: the experiments of the papers, small enough to be computed exactly on one core."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+# paper: (module that holds it, one line of help). Such a module offers add_arguments(parser) and run(arguments) -> exit
+# status; it refuses bad input by a ValueError whose text is one sentence.
+EXPERIMENTS = {
+    "mod": ("llmkern.papers.mod.toy", "multi-objective decoding on a toy where every sequence can be enumerated"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    papers = parser.add_subparsers(dest="paper", required=True, metavar="paper")
+    for name, (module_name, text) in EXPERIMENTS.items():
+        module = importlib.import_module(module_name)
+        paper = papers.add_parser(name, help=text, description=text)
+        module.add_arguments(paper)
+        paper.set_defaults(run_experiment=module.run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    try:
+        return int(arguments.run_experiment(arguments) or 0)
+    except (ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
