@@ -278,7 +278,7 @@ def test_sweep_measures_the_text_that_it_writes(folders, capsys, tmp_path, promp
     )
     rows = read_csv(out / "sweep.csv")
     assert status == 0
-    assert "nats per generated token" in table
+    assert "Nats per generated token" in table
     assert [(row["weight_1"], row["weight_2"]) for row in rows] == [("1", "0"), ("0", "1"), ("0.7", "0.3")]
     assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
 

@@ -9,28 +9,34 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 
 def print_table(rows: list[dict[str, str]], models: int, reference: bool) -> None:
-    """Weights, log-probabilities and divergences per token, and the start of the first sample."""
-    names = [*(str(i + 1) for i in range(models)), *(["reference"] if reference else [])]
-    table = Table(title="nats per generated token")
-    columns = [
-        *(f"weight_{i + 1}" for i in range(models)),
-        *(f"logprob_{n}" for n in names),
-        *(f"kl_{n}" for n in names),
-    ]
-    for column in columns:
-        table.add_column(column.replace("_", " "), justify="right")
-    table.add_column("sample", no_wrap=True, max_width=40)
+    """Weights, log-probabilities and divergences per token, then the start of the first text at each point."""
+    numbers = [str(i + 1) for i in range(models)]
+    names = [*numbers, *(["reference"] if reference else [])]
+    shown = {f"weight_{n}": f"w{n}" for n in numbers}
+    shown |= {f"logprob_{n}": f"log p{n[:3]}" for n in names}
+    shown |= {f"kl_{n}": f"KL {n[:3]}" for n in names}
+    console = Console()
+    console.print("Nats per generated token: log-probability under each model, and KL(mix || model)", soft_wrap=True)
+    table = Table(box=box.SIMPLE)
+    for title in shown.values():
+        table.add_column(title, justify="right", no_wrap=True, min_width=6)
+    for row in rows:
+        table.add_row(*(f"{float(row[column]):.3f}" for column in shown))
+    # Numbers cut short would be wrong ones; a narrow terminal breaks the lines instead.
+    console.print(table, width=max(console.width, 12 * len(shown)), soft_wrap=True)
     for row in rows:
         texts = json.loads(row["samples"])
-        sample = " ".join(texts[0].split()) if texts else ""
-        table.add_row(*(f"{float(row[column]):.3f}" for column in columns), Text(sample))
-    Console().print(table)
+        if texts:
+            weights = ",".join(row[f"weight_{n}"] for n in numbers)
+            line = Text(f"{weights}: {' '.join(texts[0].split())}", no_wrap=True, overflow="ellipsis")
+            console.print(line)
 
 
 def plot(path: Path, rows: list[dict[str, str]], models: int) -> None:

@@ -173,7 +173,8 @@ def _read(mixture: Any, weights: tuple[float, ...], ids: Tensor, mask: Tensor, g
     for name, row, picked in zip(names, log_probs, chosen):
         sums[f"logprob_{name}"] = float(picked.sum())
         terms = torch.where(mix == -torch.inf, torch.zeros_like(mix), mix.exp() * (mix - row))
-        sums[f"kl_{name}"] = float(terms.sum(-1).where(generated, 0.0).sum())
+        # Never below zero but by rounding.
+        sums[f"kl_{name}"] = float(terms.sum(-1).clamp(min=0).where(generated, 0.0).sum())
     return sums
 
 
