@@ -16,14 +16,14 @@ CHECK_PYTHON := import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version
 KERNEL_TESTS := $(wildcard tests/test_ops.py tests/test_mix_logits.py tests/test_sample_mixed.py)
 RUNNABLE := from llmkern._library import supported_isas; print(*supported_isas())
 
-.PHONY: help demo test bench lint sanitize gpu wheel clean install build
+.PHONY: help demo test bench lint sanitize sanitize-address sanitize-thread gpu wheel clean install build
 
 help:
 	@echo 'make demo              train, tune and decode on real text; report in report/index.html'
 	@echo 'make test              the whole suite, on every CPU module that this machine can run'
 	@echo 'make bench [ARGS=...]  benchmarks against their peers; rows in bench/results.csv'
 	@echo 'make lint              ruff, clang-format, mypy'
-	@echo 'make sanitize          the op tests under AddressSanitizer and UndefinedBehaviorSanitizer'
+	@echo 'make sanitize          the kernel tests under AddressSanitizer with UndefinedBehaviorSanitizer, then ThreadSanitizer'
 	@echo 'make gpu [OUT=folder]  build, suite and benchmarks on a CUDA machine without network'
 	@echo 'make wheel             sdist and wheel in dist/'
 	@echo 'make clean             removes all that the other targets made'
@@ -47,33 +47,44 @@ bench: $(VENV)/built-native
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.cpp csrc/*.h)
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.cpp csrc/*.h tests/*.cpp)
 	$(BIN)/mypy
 
-# A package of its own in build/address, so that the normal modules stay. The kernels alone are instrumented; leaks are
-# not looked for, since Python and torch keep memory until the end. A race detector needs an instrumented OpenMP runtime to
-# see what its barriers order: with the stock one ThreadSanitizer reports each parallel loop that is followed by a read,
-# so there is no such target; that results do not depend on the number of threads is what the suite tests instead.
-SANITIZED := build/address
-RUNTIMES := $(foreach library,libasan.so libubsan.so libstdc++.so,$$($(or $(CXX),g++) -print-file-name=$(library)))
+# Packages of their own in build/, so that the normal modules stay. Only our kernels are instrumented. Leaks are not looked
+# for, since Python and torch keep memory until the end. ThreadSanitizer gets an OpenMP runtime that it can see through,
+# and no randomised addresses, which GCC's version cannot bear. What torch compiles itself is left out.
+TSAN_RUNNER = $(shell setarch -R true 2>/dev/null && echo setarch -R)
+runtimes = $(foreach name,$(1),$(shell $(CXX) -print-file-name=$(name).so))
+address_preload = $(call runtimes,libasan libubsan libstdc++)
+thread_preload = $(call runtimes,libtsan libstdc++) $(CURDIR)/build/thread/openmp.so
 
-sanitize: $(VENV)/installed
-	LLMKERN_SANITIZE=address LLMKERN_BUILD_ISA=native $(BIN)/python setup.py --quiet \
-	    build --build-base $(SANITIZED) --build-lib $(SANITIZED)/lib
-	@export PYTHONPATH=$(CURDIR)/$(SANITIZED)/lib LD_PRELOAD="$(RUNTIMES)" UBSAN_OPTIONS=print_stacktrace=1 \
-	    ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 LLMKERN_CPU=; set -e; \
-	(cd $(SANITIZED)/lib && $(CURDIR)/$(BIN)/python -c 'from llmkern._library import cpu_build, __file__ as file; \
-	    assert cpu_build.isa; print("Sanitized:", cpu_build.isa, "in", file)'); \
-	$(BIN)/pytest -q -p no:cacheprovider -k 'not compile' $(KERNEL_TESTS) $(ARGS)
+sanitize: sanitize-address sanitize-thread
+
+build/thread/openmp.so: tests/sanitizer_openmp.cpp
+	mkdir -p $(@D)
+	$(CXX) -std=c++20 -O1 -g -fPIC -shared -fsanitize=thread $< -o $@
+
+sanitize-thread: build/thread/openmp.so
+
+sanitize-address sanitize-thread: sanitize-%: $(VENV)/installed
+	LLMKERN_SANITIZE=$* LLMKERN_BUILD_ISA=native $(BIN)/python setup.py --quiet \
+	    build --build-base build/$* --build-lib build/$*/lib
+	@set -e; export PYTHONPATH=$(CURDIR)/build/$*/lib LLMKERN_CPU=; \
+	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1; \
+	sanitized() { $(if $(filter thread,$*),$(TSAN_RUNNER)) env LD_PRELOAD="$($*_preload)" "$$@"; }; \
+	(cd build/$*/lib && sanitized $(CURDIR)/$(BIN)/python -c 'import llmkern._library as loaded; \
+	    assert loaded.cpu_build.isa; print("With the $* sanitizer:", loaded.cpu_build.isa, "in", loaded.__file__)'); \
+	sanitized $(BIN)/pytest -q -p no:cacheprovider -k 'not compile' $(KERNEL_TESTS) $(ARGS)
 
 # For a machine with a GPU but no network: the system's Python with its torch, Triton and pytest, and nothing installed.
 # Every part has its limit, ten minutes in all; what is slow or fails does not keep the next part from running.
 GPU_PYTHON ?= python3
 
 gpu:
-	@mkdir -p $(OUT); export PYTHONPATH=$(CURDIR); status=0; \
+	@mkdir -p $(OUT); export PYTHONPATH=$(CURDIR) PYTHONUNBUFFERED=1; status=0; \
 	part() { log=$(OUT)/$$1.log; limit=$$2; lines=$$3; shift 3; echo "$$*"; \
-	    timeout $$limit "$$@" >$$log 2>&1 || { echo "failed (or took more than $$limit s): $$log"; status=1; }; \
+	    timeout --signal=INT --kill-after=5 $$limit "$$@" >$$log 2>&1 || \
+	        { echo "failed, or took more than $$limit s; $$log:"; status=1; }; \
 	    tail -n $$lines $$log; }; \
 	part build 120 3 env LLMKERN_BUILD_ISA=native $(GPU_PYTHON) setup.py --quiet build_ext --inplace; \
 	part doctor 30 40 $(GPU_PYTHON) -m llmkern doctor; \
