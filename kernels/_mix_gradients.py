@@ -161,13 +161,6 @@ def mix_bwd_mass_kernel(
     )
     taken = projection(sums, row, splits, EXACT, SPLITS, COMPUTE)
     loaded = opened[1]
-    # Under exact reverse KL the tile holds logits; x takes log-probabilities.
-    centers = ()
-    for i in tl.static_range(M + 1):
-        center = tl.zeros((), COMPUTE)
-        if DIVERGENCE == "reverse_kl" and EXACT and i < M + HAS_REFERENCE:
-            center -= tl.load(stats + row * (M + 4) + i)
-        centers += (center,)
     masses = ()
     slopes = ()
     for _ in tl.static_range(M):
@@ -180,14 +173,17 @@ def mix_bwd_mass_kernel(
             dy + row * dy_stride, opened, tail, lse, ids, V, M, HAS_REFERENCE, DIVERGENCE, ALPHA, EXACT
         )
         h = g - taken * tl.where(live, tl.exp(y), 0.0)
-        r = tl.where(r == -INF, 0.0, r + centers[M])
+        finite_r = tl.where(r == -INF, 0.0, r)
         new_masses = ()
         new_slopes = ()
         weighted = tl.zeros((BLOCK,), COMPUTE)
         for i in tl.static_range(M):
-            log_pi = take_away(a[i] + centers[i], loaded[i])
-            present = live & (log_pi != -INF)
-            k, t = model_slopes(tl.where(present, log_pi, r), r, y, d, DIVERGENCE, ALPHA, EXACT)
+            present = live & (a[i] != -INF)
+            log_pi = tl.where(present, take_away(a[i], loaded[i]), finite_r)
+            k, t = model_slopes(log_pi, finite_r, y, d, DIVERGENCE, ALPHA, EXACT)
+            if DIVERGENCE == "reverse_kl":
+                # Where the reference has no mass its weight 1 - W has no finite derivative: no gradient passes there.
+                t = tl.where(r == -INF, 0.0, t)
             new_masses += (masses[i] + tl.where(present, h * k, 0.0),)
             new_slopes += (slopes[i] + tl.where(present, h * t, 0.0),)
             weighted += tl.where(loaded[i] != 0, loaded[i] * tl.where(present, k, 0.0), 0.0)
@@ -260,8 +256,8 @@ def mix_bwd_write_kernel(
         finite_r = tl.where(r == -INF, 0.0, r)
         weighted = tl.zeros((BLOCK,), COMPUTE)
         for i in tl.static_range(M):
+            present = live & (a[i] != -INF)
             log_pi = take_away(a[i], loaded[i])
-            present = live & (log_pi != -INF)
             k, _ = model_slopes(tl.where(present, log_pi, finite_r), finite_r, y, d, DIVERGENCE, ALPHA, EXACT)
             k = tl.where(present, k, 0.0)
             weighted += tl.where(loaded[i] != 0, loaded[i] * k, 0.0)

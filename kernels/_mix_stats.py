@@ -37,13 +37,13 @@ def model_lse_kernel(
     chunk,
     M: tl.constexpr,
     HAS_REFERENCE: tl.constexpr,
-    READ: tl.constexpr,
+    ABSENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Maximum and sum of exponentials of each model and the reference over one chunk: partials (B, 2 (M + 1), splits).
 
-    READ: "weighted" models, "absent" ones (of weight zero), or "all". What is not read counts as one token of logit
-    zero, so that its log-sum-exp is zero.
+    Only models of weight are read and the reference, or, if ABSENT, only those of weight zero. What is not read counts as
+    one token of logit zero, so that its log-sum-exp is zero.
     """
     COMPUTE: tl.constexpr = weights.dtype.element_ty
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -51,11 +51,8 @@ def model_lse_kernel(
     for i in tl.static_range(M + HAS_REFERENCE):
         count = tl.zeros((), tl.int32) + V
         if i < M:
-            if READ == "weighted":
-                count *= (tl.load(weights + row * M + i) != 0).to(tl.int32)
-            elif READ == "absent":
-                count *= (tl.load(weights + row * M + i) == 0).to(tl.int32)
-        elif READ == "absent":
+            count *= ((tl.load(weights + row * M + i) == 0) == ABSENT).to(tl.int32)
+        elif ABSENT:
             count *= 0
         pointer = rows[i] + row * strides[i]
         top = tl.zeros((BLOCK,), COMPUTE) + lowest(COMPUTE)
@@ -161,14 +158,14 @@ def row_stats_kernel(
     HAS_REFERENCE: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     ALPHA: tl.constexpr,
-    SEARCH: tl.constexpr,
-    ONLY_ABSENT: tl.constexpr,
+    EXACT: tl.constexpr,
+    ABSENT: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Log-sum-exps from their partials; where SEARCH, anchor and root of the row too: stats (B, M + 4).
+    """Log-sum-exps from their partials; where EXACT, anchor and root of the row too: stats (B, M + 4).
 
-    ONLY_ABSENT leaves the log-sum-exps of models of weight as they are.
+    ABSENT fills in only the log-sum-exps of models of weight zero.
     """
     row = tl.program_id(0).to(tl.int64)
     at = stats + row * (M + 4)
@@ -176,11 +173,11 @@ def row_stats_kernel(
     for i in tl.static_range(M + HAS_REFERENCE):
         _, lse = log_sum_exp_of_partials(partials, row, 2 * i, splits, 2 * (M + 1), SPLITS)
         lses += (lse,)
-        if not ONLY_ABSENT:
+        if not ABSENT:
             tl.store(at + i, lse)
         elif i < M:
             tl.store(at + i, lse, tl.load(weights + row * M + i) == 0)
-    if SEARCH:
+    if EXACT and not ABSENT:
         opened = open_row(rows, strides, weights, carry, lses, row, V, M, HAS_REFERENCE, DIVERGENCE, False)
         anchor, anchor_sign = find_anchor(opened, V, M, HAS_REFERENCE, DIVERGENCE, ALPHA, BLOCK)
         root = find_root(opened, anchor, anchor_sign, V, M, HAS_REFERENCE, DIVERGENCE, ALPHA, BLOCK)
@@ -244,17 +241,17 @@ class Mix:
         return {"BLOCK": self.tile.row_block, "num_warps": self.tile.row_warps}
 
 
-def find_stats(mix: Mix, stats: Tensor, read: str) -> None:
-    """Fill stats, for read="weighted" with the search for Z where there is one, otherwise log-sum-exps alone."""
+def find_stats(mix: Mix, stats: Tensor, absent: bool = False) -> None:
+    """Fill stats for anything but exact reverse KL; absent adds what is left out there: models of weight zero."""
     partials = mix.empty(mix.n_rows, 2 * (mix.models + 1), mix.splits)
-    model_lse_kernel[mix.grid](partials, **mix.shared(), READ=read, **mix.streaming())
+    model_lse_kernel[mix.grid](partials, **mix.shared(), ABSENT=absent, **mix.streaming())
     row_stats_kernel[(mix.n_rows,)](
         stats,
         partials,
         carry=mix.carry,
         splits=mix.splits,
-        SEARCH=read == "weighted" and mix.exact and not mix.is_linear,
-        ONLY_ABSENT=read == "absent",
+        EXACT=mix.exact,
+        ABSENT=absent,
         SPLITS=mix.padded_splits,
         **mix.shared(),
         **mix.rule(),

@@ -17,12 +17,16 @@ import triton.language as tl
 
 
 class Tile(NamedTuple):
-    """Tokens a step and warps: of programs that share a row, and of programs that own one."""
+    """Tokens a step and warps: of programs that share a row, and of programs that own one; tokens a step of a search.
+
+    Blocks are multiples of 64, in which random numbers come.
+    """
 
     block: int
     warps: int
     row_block: int
     row_warps: int
+    search_block: int
 
 
 # (architecture, bytes an element, whether the vocabulary is long). Chosen by registers: about eight fp32 tokens of each
@@ -33,6 +37,7 @@ TILES = {
         warps=8 if long else 4,
         row_block=(4096 if long else 1024) // (2 if size == 8 else 1),
         row_warps=(8 if architecture == "gfx942" else 16) if long else 4,
+        search_block=(2048 if long else 512) // (2 if size == 8 else 1),
     )
     for architecture in ("sm_80", "sm_90", "gfx942")
     for size in (2, 4, 8)

@@ -116,7 +116,7 @@ def mix_logits_fwd(
             partials = mix.empty(mix.n_rows, 2, mix.splits)
             mix_lse_kernel[mix.grid](partials, **mix.shared(), **mix.streaming())
         else:
-            find_stats(mix, stats, "weighted")
+            find_stats(mix, stats)
         mix_write_kernel[mix.grid](
             out,
             stats,
@@ -157,11 +157,10 @@ def mix_logits_bwd(
     with _tiles.device_guard(dy):
         mix = Mix(logits, weights, reference, carry, divergence, alpha, exact)
         dy = _tiles.unit_stride(dy)
-        if needs_weights:
+        if needs_weights and not mix.is_linear:
+            # The forward pass does not read models of weight zero, but their weights have gradients too.
             stats = stats.clone()
-            # The forward pass leaves out what it does not need: under exact reverse KL all log-sum-exps, otherwise
-            # those of models of weight zero.
-            find_stats(mix, stats, "all" if mix.is_linear else "absent")
+            find_stats(mix, stats, absent=True)
         common = {
             "dy": dy,
             "dy_stride": dy.stride(0),
