@@ -100,12 +100,13 @@ def ninja_text(torch, modules, objects):
     sanitize = SANITIZE[os.environ.get("LLMKERN_SANITIZE", "")]
     compile_flags = [
         "-std=c++20 -fPIC -fopenmp -fvisibility=hidden -Wall -Wno-unknown-pragmas",
+        # GCC warns here of its own intrinsics and of torch's containers, a hundred times.
+        "-Wno-uninitialized -Wno-maybe-uninitialized",
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         # Headers of torch are system headers, which ninja does not follow: its version in the flags stands for them.
         f"-DLLMKERN_TORCH={torch.__version__.split('+')[0]}",
         *sanitize,
-        # At -O1 GCC warns of its own intrinsics.
-        *(["-fno-omit-frame-pointer", "-Wno-maybe-uninitialized"] if "-g" in sanitize else []),
+        *(["-fno-omit-frame-pointer"] if "-g" in sanitize else []),
         *(f"-isystem {shlex.quote(path)}" for path in includes),
     ]
     link_flags = [
