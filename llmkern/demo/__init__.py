@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from llmkern._library import bad_value
+
 SECTIONS = ("llmkern.demo.mod",)
 
 
@@ -33,16 +35,6 @@ def run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("\ndemo: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
         return 130
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] == "llmkern":
-            raise
-        print(
-            f"demo: expected the packages of the demo, got no {error.name}; pip install 'llmkern[demo]'",
-            file=sys.stderr,
-        )
-    except (ValueError, OSError) as error:
-        print(error, file=sys.stderr)
-    return 2
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -100,4 +92,4 @@ def _make_folder(folder: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise OSError(f"demo: expected a folder that can be written, got {folder} ({error.strerror})") from None
+        raise bad_value("demo", "a folder that can be written", f"{folder} ({error.strerror})") from None

@@ -31,9 +31,18 @@ from llmkern.demo.settings import BaseSettings, CorpusSettings, Settings
 
 # Tests, tables, generated files and installed packages: text that is not the library's own source.
 SKIPPED_FOLDERS = {
-    "site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "turtledemo", "__pycache__",
-    "lib2to3", "_bundled",
-}  # fmt: skip
+    "__pycache__",
+    "_bundled",
+    "dist-packages",
+    "encodings",
+    "idle_test",
+    "lib2to3",
+    "pydoc_data",
+    "site-packages",
+    "test",
+    "tests",
+    "turtledemo",
+}
 
 
 @dataclass
@@ -61,7 +70,7 @@ class Context:
 
 
 @contextmanager
-def progress_bar(console: Console, title: str, total: int) -> Iterator[Callable[[int, str], None]]:
+def progress_bar(console: Console, title: str, total: int) -> Iterator[Callable[..., None]]:
     """A bar; the yielded function takes the number of steps done and the text to stand behind the bar."""
     columns = [
         TextColumn("{task.description}"),
@@ -72,10 +81,14 @@ def progress_bar(console: Console, title: str, total: int) -> Iterator[Callable[
     ]
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(f"{title:<32}", total=total, note="")
-        yield lambda done, note="": progress.update(task, completed=done, note=note)
+
+        def show(done: int, note: str = "") -> None:
+            progress.update(task, completed=done, note=note)
+
+        yield show
 
 
-# Text ------------------------------------------------------------------------------------------------------------------
+# Text -----------------------------------------------------------------------------------------------------------------
 
 
 def source_files() -> list[tuple[str, Path]]:
@@ -105,7 +118,9 @@ def read_text(settings: CorpusSettings) -> tuple[list[str], list[str]]:
     texts = [(name, path.read_text(encoding="utf-8", errors="replace")) for name, path in source_files()]
     # In the order of a hash, so that a cut by size takes modules from everywhere.
     texts.sort(key=lambda item: hashlib.sha256(item[0].encode()).hexdigest())
-    train, held_out, total = [], [], 0
+    train: list[str] = []
+    held_out: list[str] = []
+    total = 0
     for name, text in texts:
         if total + len(text) > settings.max_bytes:
             continue
@@ -167,7 +182,7 @@ def windows(ids: Tensor, count: int, length: int, seed: int) -> Tensor:
     return ids[starts + torch.arange(length)].long()
 
 
-# Base model ------------------------------------------------------------------------------------------------------------
+# Base model -----------------------------------------------------------------------------------------------------------
 
 
 def new_model(settings: BaseSettings, vocabulary: int) -> LlamaForCausalLM:
@@ -210,8 +225,10 @@ def load_base_model(
 def _train_base(
     cache: Cache, corpus: Corpus, settings: BaseSettings, console: Console, model: LlamaForCausalLM, key: str
 ) -> dict[str, Any]:
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    groups = [{"params": decayed}, {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in model.parameters() if p.dim() > 1]},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
     length = settings.context + 1
     check = windows(corpus.held_out, settings.evaluation_windows, length, settings.seed)

@@ -89,9 +89,9 @@ def resumable_steps(
 ) -> Iterator[int]:
     """Step numbers of a training loop, from its last checkpoint on.
 
-    What a step draws must be a function of its number, so that model, optimizer, step and history are the whole state: a
-    run that was killed then ends with the weights of one that was not. The caller saves the result and may then remove
-    the checkpoint, which is stored as ``<stage>.partial``.
+    What a step draws must be a function of its number, so that model, optimizer, step and history are the whole state,
+    and a run that was killed ends with the weights of one that was not. The caller saves the result and may then
+    remove the checkpoint, which is stored as ``<stage>.partial``.
     """
     partial = f"{stage}.partial"
     state = cache.load(partial, key)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -39,14 +40,15 @@ figure { margin: 1.4rem 0; }
 figure svg { width: 100%; height: auto; display: block; }
 figcaption { font-size: .92rem; max-width: 44rem; margin-top: .4rem; }
 .wide { overflow-x: auto; }
-table { border-collapse: collapse; font: 14px/1.45 system-ui, "DejaVu Sans", sans-serif; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font: 14px/1.45 system-ui, "DejaVu Sans", sans-serif;
+  font-variant-numeric: tabular-nums; }
 th, td { padding: .34rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; vertical-align: bottom; border-bottom: 2px solid var(--ink); }
 th:first-child, td:first-child { text-align: left; }
 tr.rule td { border-top: 2px solid var(--line); }
-td.best { font-weight: 700; }
-pre { background: var(--wash); border: 1px solid var(--line); border-radius: 6px; padding: .8rem 1rem; margin: .5rem 0 1rem;
-  overflow-x: auto; font: 13px/1.45 ui-monospace, "DejaVu Sans Mono", monospace; white-space: pre-wrap; }
+pre { background: var(--wash); border: 1px solid var(--line); border-radius: 6px; padding: .8rem 1rem;
+  margin: .5rem 0 1rem; overflow-x: auto; font: 13px/1.45 ui-monospace, "DejaVu Sans Mono", monospace;
+  white-space: pre-wrap; }
 pre .given { color: #8a92a0; }
 code { font: .88em ui-monospace, "DejaVu Sans Mono", monospace; }
 .samples { display: grid; grid-template-columns: repeat(auto-fit, minmax(24rem, 1fr)); gap: 0 1.4rem; }
@@ -78,7 +80,7 @@ def figure_svg(figure: Figure, name: str) -> str:
 
 
 def new_axes(columns: int, width: float = 11.0, height: float = 4.2) -> tuple[Figure, list[plt.Axes]]:
-    style = {
+    style: Any = {
         "font.size": 11,
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -111,8 +113,9 @@ def write(folder: Path, context: Context, sections: Sequence[Section], fast: boo
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>llmkern demo</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body><main>'
         "<h1>llmkern on real text</h1>"
-        '<p class="lead">Every operation of the library, run on a small language model that was trained here on the source '
-        f"of Python's standard library. Written by <code>llmkern demo</code>.</p>{miniature}{_base_section(context)}{body}"
+        '<p class="lead">Operations of the library at work on a small language model, trained here on the source of '
+        "Python's standard library. Written by <code>llmkern demo</code>.</p>"
+        f"{miniature}{_base_section(context)}{body}"
         "</main></body></html>\n"
     )
     path = folder / "index.html"
@@ -142,9 +145,10 @@ def _base_section(context: Context) -> str:
         ),
         (
             "base model",
-            f"Llama, {sum(p.numel() for p in context.model.parameters()) / 1e6:.2f} M parameters: {sizes.layers} layers, "
-            f"width {sizes.hidden}, byte-level BPE of {context.corpus.tokenizer.get_vocab_size()} tokens; "
-            f"{sizes.steps} steps of {sizes.batch} × {sizes.context} tokens",
+            f"Llama, {sum(p.numel() for p in context.model.parameters()) / 1e6:.2f} M parameters: "
+            f"{sizes.layers} layers, width {sizes.hidden}, "
+            f"byte-level BPE of {context.corpus.tokenizer.get_vocab_size()} tokens; "
+            f"{sizes.steps} steps of {sizes.batch} &times; {sizes.context} tokens",
         ),
         ("held-out loss", f"{held_out[-1]:.3f} nats per token, {bits:.2f} bits per byte"),
     ]

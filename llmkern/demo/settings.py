@@ -84,7 +84,7 @@ FAST = Settings(
     BaseSettings(
         hidden=32, layers=2, heads=2, mlp=64, context=64, batch=4, steps=24, evaluate_every=8, evaluation_windows=4
     ),
-    PolicySettings(prompt=16, length=12, prompts=4, samples=4, steps=3, scale_sequences=32),
+    PolicySettings(prompt=16, length=12, prompts=4, samples=4, steps=3, learning_rate=3e-3, scale_sequences=32),
     SweepSettings(seeds=3, prompts=4),
     SpeedSettings(batch=2, length=6, repeats=3, vocabulary=2000, micro_batch=2, micro_repeats=3),
 )

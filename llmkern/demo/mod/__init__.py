@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -30,13 +31,14 @@ def run(context: Context) -> Section:
 
 
 def _table(rows: list[Row]) -> Table:
-    table = Table(title="mean ± half of the 95 % interval over decoding seeds; weights: comments, calls")
-    table.add_column("method")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), title="mean ± half of the 95 % interval over decoding seeds")
+    table.add_column("method", no_wrap=True)
     for name in ("weights", "comments", "calls", "KL to base", "J"):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in rows:
+    for before, row in zip([None, *rows], rows):
         weights = "" if row.method == BASE else f"{row.weights[0]:g}, {row.weights[1]:g}"
-        table.add_row(Text(row.method), weights, *page.cells(row))
+        name = "" if before is not None and before.method == row.method else row.method
+        table.add_row(Text(name), weights, *(cell.replace(" ± ", "±") for cell in page.cells(row)))
     return table
 
 

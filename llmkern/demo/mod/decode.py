@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,9 +29,9 @@ class Decoded(NamedTuple):
 def decode(models: Sequence[LlamaForCausalLM], prompts: Tensor, length: int, rule: Rule, seed: Tensor) -> Decoded:
     """Continue prompts (B, P) by ``length`` tokens; the last model is the one from which KL is measured.
 
-    The KL of a step is summed over the whole vocabulary, and not estimated from the token drawn, which has the same mean
-    and less noise. Seeds (B,) belong to the sequence: the same seed under another rule draws with the same numbers. Draws
-    count from the start of the prompt, as in ``MixtureForCausalLM``.
+    The KL of a step is summed over the whole vocabulary, not estimated from the token drawn: the same mean, less noise.
+    Seeds (B,) belong to the sequence: the same seed under another rule draws with the same numbers. Draws count from
+    the start of the prompt, as in ``MixtureForCausalLM``.
     """
     caches = [DynamicCache() for _ in models]
     new, tokens = prompts, []
@@ -64,18 +64,23 @@ def sample_mod(weights: Sequence[float], divergence: str = "reverse_kl", alpha: 
 
     def rule(logits: Sequence[Tensor], seed: Tensor, step: int) -> tuple[Tensor, Tensor]:
         policies, reference = list(logits[:-1]), logits[-1]
-        options = {"reference": reference, "divergence": divergence, "alpha": alpha}
+        options: dict[str, Any] = {"reference": reference, "divergence": divergence, "alpha": alpha}
         tokens, _ = llmkern.sample_mixed(policies, weights, seed=seed, step=step, **options)
         return tokens, llmkern.mix_logits(policies, weights, **options)
 
     return rule
 
 
+def weighted_sum(rows: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Over the rows that have a weight; the last model has none."""
+    return torch.stack([w * row for w, row in zip(weights, rows)]).sum(0)
+
+
 def sample_averaged_probabilities(weights: Sequence[float]) -> Rule:
     """The arithmetic mean of the policies' next-token probabilities."""
 
     def rule(logits: Sequence[Tensor], seed: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        log_probs = sum(w * row.softmax(-1) for w, row in zip(weights, logits)).log()
+        log_probs = weighted_sum([row.softmax(-1) for row in logits], weights).log()
         tokens, _ = llmkern.sample_mixed([log_probs], [1.0], seed=seed, step=step)
         return tokens, log_probs
 
@@ -86,7 +91,7 @@ def average_logits(weights: Sequence[float]) -> Rule:
     """Logits averaged by hand: what MOD under reverse KL is where the weights sum to one."""
 
     def rule(logits: Sequence[Tensor], seed: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        log_probs = sum(w * row for w, row in zip(weights, logits)).log_softmax(-1)
+        log_probs = weighted_sum(logits, weights).log_softmax(-1)
         tokens, _ = llmkern.sample_mixed([log_probs], [1.0], seed=seed, step=step)
         return tokens, log_probs
 

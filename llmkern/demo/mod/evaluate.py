@@ -19,7 +19,7 @@ from llmkern.demo.mod import decode as decode_module
 from llmkern.demo.mod.decode import Rule, average_logits, decode, sample_averaged_probabilities, sample_mod, sample_one
 from llmkern.demo.mod.policies import Scale, rewards
 
-MOD, MERGE, PROBABILITIES, BASE = "MOD, reverse KL", "parameter merging", "probability mean", "base model"
+MOD, MERGE, PROBABILITIES, BASE = "MOD", "merging", "probability mean", "base model"
 INNER = (0.25, 0.5, 0.75)
 # Of the second kind the weights leave the simplex; (1, 1) asks for the sum of both rewards, not their mean.
 OUTER = ((1.5, -0.5), (1.0, 1.0))
@@ -103,7 +103,7 @@ def setups(policies: list[LlamaForCausalLM], base: LlamaForCausalLM) -> list[Set
         return [*policies, base]
 
     def merging(weights: tuple[float, float], second: LlamaForCausalLM | None = None) -> Setup:
-        method = MERGE if second is None else f"{MERGE}, policy 2 in other coordinates"
+        method = MERGE if second is None else f"{MERGE}, turned"
         tuned = [policies[0], policies[1] if second is None else second]
         return Setup(method, weights, lambda: [merge(tuned, weights, base), base], sample_one(0))
 
@@ -116,7 +116,7 @@ def setups(policies: list[LlamaForCausalLM], base: LlamaForCausalLM) -> list[Set
     half = (0.5, 0.5)
     rows.append(Setup("MOD, forward KL", half, all_models, sample_mod(half, "forward_kl")))
     rows.append(Setup("MOD, alpha = 0.5", half, all_models, sample_mod(half, "alpha", 0.5)))
-    rows.append(Setup("MOD, Jensen-Shannon", half, all_models, sample_mod(half, "jsd")))
+    rows.append(Setup("MOD, JSD", half, all_models, sample_mod(half, "jsd")))
     rows.append(merging(half, turn(policies[1], seed=0)))
     return rows
 

@@ -44,8 +44,8 @@ def _symmetry(rows: list[Row]) -> str:
     plain = find(rows, MERGE, half)
     assert plain is not None
     return (
-        "Writing policy 2 in other coordinates (MLP units permuted and sign-flipped, queries and keys negated) leaves its "
-        f"outputs and so MOD as they are; J of merging at 0.5, 0.5 goes from {Estimate.of(plain.objective)} to "
+        "Writing policy 2 in other coordinates (MLP units permuted and sign-flipped, queries and keys negated) leaves "
+        f"its outputs and so MOD as they are; J of merging at 0.5, 0.5 goes from {Estimate.of(plain.objective)} to "
         f"{Estimate.of(turned.objective)}. Merging needs policies that share a start; MOD needs a shared tokenizer."
     )
 
@@ -53,8 +53,8 @@ def _symmetry(rows: list[Row]) -> str:
 def _averaging(averaging: tuple[float, bool]) -> str:
     difference, same = averaging
     return (
-        "Logit averaging is MOD under reverse KL where the weights sum to one, so it has no row of its own; computed by "
-        f"hand it differs by {difference:.1e} at most in a log-probability, and the tokens are "
+        "Logit averaging is MOD under reverse KL where the weights sum to one, so it has no row of its own; computed "
+        f"by hand it differs by {difference:.1e} at most in a log-probability, and the tokens are "
         f"{'the same' if same else 'not all the same (rounding at a tie)'}."
     )
 
@@ -65,9 +65,10 @@ def _speed(context: Context, speed: Speed) -> list[str]:
     return [
         f"Sampling (temperature, top-k, top-p) in one decode loop of two models, batch {sizes.batch}, vocabulary "
         f"{context.corpus.tokenizer.get_vocab_size()}: {speed.loop_tokens[ours]:.0f} tokens/s with llmkern "
-        f"({speed.loop_share[ours]:.0%} of the time in the sampler), {speed.loop_tokens[theirs]:.0f} with the Hugging Face "
-        f"chain ({speed.loop_share[theirs]:.0%}).",
+        f"({speed.loop_share[ours]:.0%} of the time in the sampler), {speed.loop_tokens[theirs]:.0f} with the Hugging "
+        f"Face chain ({speed.loop_share[theirs]:.0%}).",
         f"One call at a real vocabulary ({sizes.models} models, batch {sizes.micro_batch}, {sizes.vocabulary} tokens, "
         f"bfloat16): {1e3 * speed.call_seconds[ours]:.2f} ms against {1e3 * speed.call_seconds[theirs]:.2f} ms, ratio "
-        f"{speed.call_seconds[theirs] / speed.call_seconds[ours]:.1f}; kernels in use: {build.isa or 'torch references'}.",
+        f"{speed.call_seconds[theirs] / speed.call_seconds[ours]:.1f}; kernels in use: "
+        f"{build.isa or 'torch references'}.",
     ]

@@ -51,31 +51,32 @@ def body(
     found = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences)
     return f"""
 <p>Two policies were tuned from the base model towards two objectives that are computed from the text alone and partly
-conflict: <b>comments</b>, the share of characters that stand in comments, and <b>calls</b>, opening brackets of calls per
-hundred characters outside comments. Each maximised its reward less β = {settings.policy.beta:g} times the KL divergence
-from the base. Multi-objective decoding (arXiv 2406.18853) mixes their next-token logits with any weights, without
-further training.</p>
+conflict: <b>comments</b>, the share of characters that stand in comments, and <b>calls</b>, opening brackets of calls
+per hundred characters outside comments. Each maximised its reward less &beta; = {settings.policy.beta:g} times the KL
+divergence from the base. Multi-objective decoding (MOD, arXiv 2406.18853) then mixes their next-token logits with any
+weights, without further training.</p>
 <h3>What came out</h3><ul>{found}</ul>
 <h3>Rewards and divergence</h3>
 <p class="note">Rewards are in standard deviations above the mean of the base model (base: {_base_units(scale)}).
-J = w·rewards − β KL is what the theory says MOD maximises; KL is in nats per continuation of {settings.policy.length}
-tokens. Mean ± half of the 95 % interval (Student's t) over {seeds} decoding seeds. A seed changes the random numbers of
-decoding and nothing else: prompts ({prompts} from held-out modules), base and policies are the same in all rows, so the
-intervals say nothing about tuning the policies again. At the corners (1, 0) and (0, 1) merging and averaging are the
-policy itself.</p>
+J = w &middot; rewards &minus; &beta; KL is what MOD maximises if both policies are optimal and whole sequences are
+mixed; here the policies were tuned briefly and the mix is made token by token. KL is in nats per continuation of
+{settings.policy.length} tokens. Mean &plusmn; half of the 95 % interval (Student's t) over {seeds} decoding seeds.
+A seed changes the random numbers of decoding and nothing else: the {prompts} prompts from held-out modules, base and
+policies are the same in all rows, so the intervals say nothing about tuning the policies again. At (1, 0) and (0, 1)
+merging and averaging are the policy itself.</p>
 {_main_table(rows)}
 <figure>{_frontier(rows)}<figcaption>Left: the frontier, with intervals; each line runs from policy 2 (calls) over the
-weights ¼, ½, ¾ to policy 1 (comments). Crosses: the weights (1, 1) and (1.5, −0.5), outside the simplex. Middle: J by the weight of
-comments. Right: weighted reward against the KL that it cost, with J constant along the grey lines; reward at unequal KL
-favours whoever drifts further.</figcaption></figure>
+weights &frac14;, &frac12;, &frac34; to policy 1 (comments); crosses are weights outside the simplex. Middle: J by the
+weight of comments. Right: weighted reward against the KL that it cost; along a grey line J is constant, so higher lines
+are better and reward alone favours whoever drifts further.</figcaption></figure>
 <h3>MOD less the others, seed by seed</h3>{_paired_table(rows)}
-<h3>Tuning</h3><figure>{_tuning(tuning)}<figcaption>Reward and KL of the two policies while they were tuned, on their own
-samples.</figcaption></figure>
-<h3>Samples</h3><p class="note">Drawn by <code>MixtureForCausalLM.generate</code> with temperature 0.8 and top-p 0.95; the
-same random numbers everywhere. Grey: the prompt, from a held-out module.</p>{_samples(samples)}
+<h3>Tuning</h3><figure>{_tuning(tuning)}<figcaption>Reward and KL of the two policies while they were tuned, on their
+own samples.</figcaption></figure>
+<h3>Samples</h3><p class="note">Drawn by <code>MixtureForCausalLM.generate</code> with temperature 0.8 and top-p 0.95;
+the same random numbers everywhere. Grey: the prompt, from a held-out module.</p>{_samples(samples)}
 <h3>Speed of the sampler</h3>{_speed_table(context, speed)}
-<p class="note">Medians, both in turns in this run. The loop runs two policies whose vocabulary is tiny, so the models take
-most of its time; the single call has the shape of a real model's head.</p>"""
+<p class="note">Medians, both in turns in this run. The loop runs two policies whose vocabulary is tiny, so the models
+take most of its time; the single call has the shape of a real model's head.</p>"""
 
 
 def _base_units(scale: Scale) -> str:
@@ -113,7 +114,7 @@ def _paired_table(rows: list[Row]) -> str:
         against = [str(paired(rows, MERGE, weights))]
         against.append(str(paired(rows, PROBABILITIES, weights)) if weights in inner else "not defined")
         lines.append([f"{weights[0]:g}, {weights[1]:g}", *against])
-    return html_table(["weights", f"J of MOD − {MERGE}", f"J of MOD − {PROBABILITIES}"], lines)
+    return html_table(["weights", f"J of MOD less {MERGE}", f"J of MOD less {PROBABILITIES}"], lines)
 
 
 def _series(rows: list[Row], method: str) -> list[Row]:
@@ -137,7 +138,7 @@ def _frontier(rows: list[Row]) -> str:
                 point = [Estimate.of(row.reward[:, i]) for i in range(2)]
                 _errorbars(left, [point[0]], [point[1]], "x", COLORS[color], None)
                 left.annotate(
-                    f"{weights[0]:g}, {weights[1]:g}".replace("-", "−"),
+                    f"{weights[0]:g}, {weights[1]:g}".replace("-", "\u2212"),
                     (point[0].mean, point[1].mean),
                     xytext=(6, 4),
                     textcoords="offset points",
@@ -220,6 +221,6 @@ def _speed_table(context: Context, speed: Speed) -> str:
         "sampler",
         "loop, tokens/s",
         "of it in the sampler",
-        f"one call, {sizes.models} × {sizes.micro_batch} × {sizes.vocabulary} bf16",
+        f"one call, {sizes.models} &times; {sizes.micro_batch} &times; {sizes.vocabulary} bf16",
     ]
     return html_table(header, lines)

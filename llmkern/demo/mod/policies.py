@@ -126,9 +126,9 @@ def negative_objective(
 
 
 @torch.no_grad()
-def continuations(model: LlamaForCausalLM, prompts: Tensor, length: int, seed: int) -> Tensor:
+def continuations(model: Any, prompts: Tensor, length: int, seed: int) -> Tensor:
     """(B, length) tokens drawn by ``generate`` at temperature one, a function of the seed."""
-    options = {"do_sample": True, "top_k": 0, "max_new_tokens": length, "min_new_tokens": length}
+    options: dict[str, Any] = {"do_sample": True, "top_k": 0, "max_new_tokens": length}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return model.generate(prompts, attention_mask=torch.ones_like(prompts), **options)[:, prompts.shape[1] :]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import LlamaForCausalLM
@@ -11,7 +11,7 @@ from llmkern.demo.base import Context, windows
 from llmkern.demo.mod.evaluate import merge
 from llmkern.integrations.transformers import MixtureForCausalLM
 
-FILTERS = {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 0.95}
+FILTERS: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 0.95}
 
 
 class Samples(NamedTuple):
@@ -25,7 +25,11 @@ def draw_samples(context: Context, policies: list[LlamaForCausalLM]) -> list[Sam
     """The same two prompts and the same random numbers for every way of decoding."""
     tuning = context.settings.policy
     prompts = windows(context.corpus.held_out, 2, tuning.prompt, seed=104)
-    options = {**FILTERS, "max_new_tokens": 2 * tuning.length, "attention_mask": torch.ones_like(prompts)}
+    options: dict[str, Any] = {
+        **FILTERS,
+        "max_new_tokens": 2 * tuning.length,
+        "attention_mask": torch.ones_like(prompts),
+    }
     mixture = MixtureForCausalLM(policies, weights=[0.5, 0.5])
     texts = {"base model": MixtureForCausalLM([context.model], weights=[1.0]).generate(prompts, seed=7, **options)}
     for title, weights in (

@@ -1,4 +1,4 @@
-"""Speed of the sampler against the chain of Hugging Face's processors, in a decode loop and alone at a real vocabulary."""
+"""The sampler against the chain of Hugging Face's processors: in a decode loop, and alone at a real vocabulary."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from transformers import (
 
 import llmkern
 from llmkern.demo.base import Context, progress_bar, windows
+from llmkern.demo.mod.decode import weighted_sum
 
 Pick = Callable[[Sequence[Tensor], int], Tensor]
 FILTERS: dict[str, Any] = {"temperature": 0.8, "top_k": 50, "top_p": 0.9}
@@ -48,8 +49,8 @@ def hugging_face_sampler(weights: Sequence[float]) -> Pick:
     )
 
     def pick(logits: Sequence[Tensor], step: int) -> Tensor:
-        mixed = sum(w * row.float().log_softmax(-1) for w, row in zip(weights, logits))
-        ids = torch.zeros(len(logits[0]), 0, dtype=torch.long)
+        mixed = weighted_sum([row.float().log_softmax(-1) for row in logits], weights)
+        ids: Any = torch.zeros(len(logits[0]), 0, dtype=torch.long)
         return torch.multinomial(chain(ids, mixed).softmax(-1), 1).squeeze(1)
 
     return pick

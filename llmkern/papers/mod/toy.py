@@ -1,7 +1,7 @@
 """Multi-objective decoding on a toy where nothing is estimated: six tokens, five steps, all 7776 sequences enumerated.
 
-A small network is fitted to a random corpus and is the reference. From it one policy is trained for each of three rewards,
-by gradient ascent on the exact objective
+A small network is fitted to a random corpus and is the reference. From it one policy is trained for each of three
+rewards, by gradient ascent on the exact objective
 
     J(pi) = sum_y pi(y) (R(y) - beta log(pi(y) / ref(y))),        optimum  pi*(y) ~ ref(y) exp(R(y) / beta).
 
@@ -13,8 +13,9 @@ also after permuting and sign-flipping hidden units of two policies, which chang
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -40,21 +41,16 @@ class Size:
 
     vocabulary: int = 6
     length: int = 5
-    hidden: int = 48
+    hidden: tuple[int, ...] = (32, 32)
     corpus: int = 400
     rewards: int = 3
-    reference_steps: int = 400
-    policy_steps: int = 500
-    learning_rate: float = 0.01
+    reference_steps: int = 300
+    policy_steps: int = 300
+    learning_rate: float = 0.02
 
 
-class Network(NamedTuple):
-    """Two-layer tanh network from a one-hot prefix to next-token logits; float64 throughout."""
-
-    w1: Tensor
-    b1: Tensor
-    w2: Tensor
-    b2: Tensor
+# A tanh network from a one-hot prefix to next-token logits, float64: weight and bias of each layer in turn.
+Network = list[Tensor]
 
 
 class Outcome(NamedTuple):
@@ -76,12 +72,12 @@ class Row(NamedTuple):
 
 
 class Tree:
-    """All sequences of a vocabulary and length, and for each of their steps the row of its prefix."""
+    """All sequences of a vocabulary and length, and the prefixes on the way to them, shorter ones first."""
 
     def __init__(self, vocabulary: int, length: int) -> None:
         self.vocabulary, self.length = vocabulary, length
         self.sequences = torch.cartesian_prod(*[torch.arange(vocabulary)] * length).view(-1, length)
-        features, rows, first = [], [], 0
+        features = []
         for step in range(length):
             count = vocabulary**step
             # Digits of the prefix number, most significant first: the order of cartesian_prod.
@@ -92,42 +88,52 @@ class Tree:
             for i, token in enumerate(tokens):
                 one_hot[number, i, token] = 1
             features.append(one_hot.flatten(1))
-            rows.append(first + torch.arange(len(self.sequences)) // vocabulary ** (length - step))
-            first += count
         self.features = torch.cat(features)
-        self.prefixes = torch.stack(rows, 1)
 
     def sequence_log_probs(self, logits: Tensor) -> Tensor:
-        """log pi(y) of every sequence from the next-token logits of every prefix."""
-        return logits.log_softmax(-1)[self.prefixes, self.sequences].sum(-1)
+        """log pi(y) of every sequence from the next-token logits of every prefix, level by level."""
+        rows = logits.log_softmax(-1)
+        total, first = rows.new_zeros(1), 0
+        for step in range(self.length):
+            count = self.vocabulary**step
+            total = (total[:, None] + rows[first : first + count]).flatten()
+            first += count
+        return total
 
 
 def new_network(size: Size, generator: torch.Generator) -> Network:
-    inputs = size.length * (size.vocabulary + 1)
-    w1 = torch.randn(size.hidden, inputs, dtype=torch.float64, generator=generator) / size.length**0.5
-    w2 = torch.randn(size.vocabulary, size.hidden, dtype=torch.float64, generator=generator) / size.hidden**0.5
-    zero = {"dtype": torch.float64}
-    return Network(w1, torch.zeros(size.hidden, **zero), w2, torch.zeros(size.vocabulary, **zero))
+    widths = [size.length * (size.vocabulary + 1), *size.hidden, size.vocabulary]
+    network: Network = []
+    for inputs, outputs in pairwise(widths):
+        # A one-hot prefix has length entries that are one, whatever its width.
+        fan_in = size.length if not network else inputs
+        weight = torch.randn(outputs, inputs, dtype=torch.float64, generator=generator) / fan_in**0.5
+        network += [weight, torch.zeros(outputs, dtype=torch.float64)]
+    return network
 
 
 def logits_of(network: Network, tree: Tree) -> Tensor:
-    return torch.tanh(tree.features @ network.w1.T + network.b1) @ network.w2.T + network.b2
+    x = tree.features
+    *hidden, weight, bias = network
+    for w, b in zip(hidden[::2], hidden[1::2]):
+        x = torch.tanh(x @ w.T + b)
+    return x @ weight.T + bias
 
 
-def fit(network: Network, tree: Tree, loss_of_log_probs, steps: int, learning_rate: float) -> Network:  # type: ignore[no-untyped-def]
+def fit(network: Network, tree: Tree, loss: Callable[[Tensor], Tensor], steps: int, learning_rate: float) -> Network:
     """Minimise a function of the log-probs of all sequences."""
     parameters = [p.clone().requires_grad_() for p in network]
-    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate, fused=True)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = learning_rate * min(1.0, 2 * (1 - step / steps))
         optimizer.zero_grad()
-        loss_of_log_probs(tree.sequence_log_probs(logits_of(Network(*parameters), tree))).backward()
+        loss(tree.sequence_log_probs(logits_of(parameters, tree))).backward()
         optimizer.step()
-    return Network(*[p.detach() for p in parameters])
+    return [p.detach() for p in parameters]
 
 
 def random_rewards(size: Size, tree: Tree, reference: Tensor, generator: torch.Generator) -> Tensor:
-    """(rewards, sequences): a random score for each token and each pair of neighbours, unit variance under reference."""
+    """(rewards, sequences): random scores of tokens and pairs of neighbours; mean 0, variance 1 under the reference."""
     shape = (size.rewards, size.vocabulary)
     single = torch.randn(*shape, dtype=torch.float64, generator=generator)
     pair = torch.randn(*shape, size.vocabulary, dtype=torch.float64, generator=generator)
@@ -151,7 +157,8 @@ def evaluate(log_probs: Tensor, reference: Tensor, reward: Tensor, beta: float) 
 
 def mix_sequences(policies: Sequence[Tensor], reference: Tensor, weights: Sequence[float]) -> Tensor:
     """Reverse-KL mix of distributions over whole sequences: ref prod_i (pi_i / ref)^w_i / Z."""
-    return (reference + sum(w * (a - reference) for w, a in zip(weights, policies))).log_softmax(-1)
+    shift = torch.stack([w * (a - reference) for w, a in zip(weights, policies)]).sum(0)
+    return (reference + shift).log_softmax(-1)
 
 
 def mix_tokens(tree: Tree, logits: Sequence[Tensor], reference: Tensor, weights: Sequence[float]) -> Tensor:
@@ -160,19 +167,24 @@ def mix_tokens(tree: Tree, logits: Sequence[Tensor], reference: Tensor, weights:
 
 
 def mean_probabilities(tree: Tree, logits: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    return tree.sequence_log_probs(sum(w * row.softmax(-1) for w, row in zip(weights, logits)).log())  # type: ignore[union-attr]
+    mean = torch.stack([w * row.softmax(-1) for w, row in zip(weights, logits)]).sum(0)
+    return tree.sequence_log_probs(mean.log())
 
 
 def merge(networks: Sequence[Network], weights: Sequence[float], reference: Network) -> Network:
     """reference + sum_i w_i (network_i - reference), which for weights that sum to one is the weighted average."""
-    return Network(*[r + sum(w * (p - r) for w, p in zip(weights, same)) for r, *same in zip(reference, *networks)])
+    return [r + sum(w * (p - r) for w, p in zip(weights, same)) for r, *same in zip(reference, *networks)]
 
 
 def permute_and_flip(network: Network, generator: torch.Generator) -> Network:
-    """The same function with its hidden units in another order, half of them with their signs turned (tanh is odd)."""
-    order = torch.randperm(len(network.b1), generator=generator)
-    sign = torch.randint(0, 2, (len(order),), generator=generator).double() * 2 - 1
-    return Network(sign[:, None] * network.w1[order], sign * network.b1[order], network.w2[:, order] * sign, network.b2)
+    """The same function with hidden units in another order, about half with their signs turned (tanh is odd)."""
+    turned = list(network)
+    for layer in range(0, len(network) - 2, 2):
+        weight, bias, following = turned[layer : layer + 3]
+        order = torch.randperm(len(bias), generator=generator)
+        sign = torch.randint(0, 2, (len(bias),), generator=generator).double() * 2 - 1
+        turned[layer : layer + 3] = [sign[:, None] * weight[order], sign * bias[order], following[:, order] * sign]
+    return turned
 
 
 class Toy:
@@ -188,7 +200,10 @@ class Toy:
         truth = self.tree.sequence_log_probs(2 * logits_of(source, self.tree)).exp()
         drawn = torch.multinomial(truth, size.corpus, replacement=True, generator=generator)
         counts = torch.bincount(drawn, minlength=len(truth)).double() / size.corpus
-        loss = lambda log_probs: -(counts * log_probs).sum()  # noqa: E731
+
+        def loss(log_probs: Tensor) -> Tensor:
+            return -(counts * log_probs).sum()
+
         self.network = fit(start, self.tree, loss, size.reference_steps, size.learning_rate)
         self.reference_logits = logits_of(self.network, self.tree)
         self.reference = self.tree.sequence_log_probs(self.reference_logits)
@@ -211,8 +226,7 @@ class Toy:
         turned = [networks[0], *(permute_and_flip(network, self.generator) for network in networks[1:])]
         rows = []
         for weights in weights_list:
-            reward = sum(w * r for w, r in zip(weights, self.rewards))
-            assert isinstance(reward, Tensor)
+            reward = torch.tensor(weights, dtype=torch.float64) @ self.rewards
             merged, merged_turned = (merge(nets, weights, self.network) for nets in (networks, turned))
             found = {
                 "optimum": tilt(reference, reward, beta),
