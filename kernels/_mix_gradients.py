@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from llmkern.kernels._mix import load_lses, load_tail, mix_tile, open_row, read_tile, take_away
+from llmkern.kernels._mix_stats import AotMix
 from llmkern.kernels._tiles import INF, LOG2, expm1, softplus, sum_partials
 
 
@@ -272,3 +273,17 @@ def mix_bwd_write_kernel(
             if masses is not None:
                 dr -= tl.exp(r) * totals[M]
             tl.store(outs[M] + row * V + ids, dr, ids < V)
+
+
+AOT = [
+    AotMix("bf16", 3, reference=False, carry=False).sharing(mix_bwd_sums_kernel),
+    AotMix("fp32", 6, "jsd").sharing(mix_bwd_sums_kernel),
+    AotMix("bf16", 3).sharing(mix_bwd_mass_kernel),
+    AotMix("fp16", 3, "jsd").sharing(mix_bwd_mass_kernel),
+    AotMix("fp64", 3, "jsd").sharing(mix_bwd_mass_kernel),
+    AotMix("fp32", 6, "alpha").sharing(mix_bwd_mass_kernel),
+    AotMix("bf16", 3, reference=False, carry=False).sharing(mix_bwd_write_kernel, masses=None),
+    AotMix("fp64", 3, "jsd", long=False).sharing(mix_bwd_write_kernel),
+    AotMix("fp32", 6, "alpha").sharing(mix_bwd_write_kernel),
+    AotMix("fp16", 3, "forward_kl", exact=False).sharing(mix_bwd_write_kernel, sums=None),
+]

@@ -42,8 +42,8 @@ def model_lse_kernel(
 ):
     """Maximum and sum of exponentials of each model and the reference over one chunk: partials (B, 2 (M + 1), splits).
 
-    Only models of weight are read and the reference, or, if ABSENT, only those of weight zero. What is not read counts as
-    one token of logit zero, so that its log-sum-exp is zero.
+    Only models of weight are read and the reference, or, if ABSENT, only those of weight zero. What is not read counts
+    as one token of logit zero, so that its log-sum-exp is zero.
     """
     COMPUTE: tl.constexpr = weights.dtype.element_ty
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -211,7 +211,7 @@ class Mix:
         self.has_reference = reference is not None
         self.divergence, self.alpha, self.exact = divergence, float(alpha), exact
         self.is_linear = divergence == "reverse_kl" and exact
-        self.tile = _tiles.tile_for(self.rows[0])
+        self.tile = _tiles.tile_for(self.rows[0], len(self.rows))
         self.splits, self.chunk = _tiles.split_rows(self.n_rows, self.vocabulary, self.tile.block)
         self.grid = (self.n_rows, self.splits)
         self.padded_splits = triton.next_power_of_2(self.splits)
@@ -257,3 +257,78 @@ def find_stats(mix: Mix, stats: Tensor, absent: bool = False) -> None:
         **mix.rule(),
         **mix.owning(),
     )
+
+
+# Ahead-of-time compilation --------------------------------------------------------------------------------------------
+
+
+class AotMix:
+    """Types, constants and tile of one configuration, under the names that all kernels of the mix share."""
+
+    def __init__(
+        self,
+        dtype: str,
+        models: int,
+        divergence: str = "reverse_kl",
+        *,
+        exact: bool = True,
+        long: bool = True,
+        reference: bool = True,
+        carry: bool = True,
+    ) -> None:
+        compute = "*fp64" if dtype == "fp64" else "*fp32"
+        rows = models + reference
+        size = {"fp64": 8, "fp32": 4}.get(dtype, 2)
+        self.tile = _tiles.shrink(_tiles.TILES["sm_80", size, long], rows)
+        self.types = {
+            "rows": (f"*{dtype}",) * rows,
+            "outs": (f"*{dtype}",) * rows,
+            "strides": ("i64",) * rows,
+            **dict.fromkeys(("out", "dy"), f"*{dtype}"),
+            **dict.fromkeys(("weights", "stats", "partials", "sums", "masses", "workspace", "log_probs"), compute),
+            **dict.fromkeys(("V", "chunk", "splits"), "i32"),
+            **({"carry": compute} if carry else {}),
+            "dy_stride": "i64",
+            "winners": "*i32",
+            "tokens": "*i64",
+            "filters": "*fp64",
+            "draws": "*i64",
+        }
+        self.linear = divergence == "reverse_kl" and exact
+        self.constants: dict[str, Any] = {
+            "M": models,
+            "HAS_REFERENCE": reference,
+            "DIVERGENCE": divergence,
+            "ALPHA": 0.5,
+            "EXACT": exact,
+            "ABSENT": False,
+            "READ_ALL": True,
+            "WANTED": (1 << rows) - 1,
+            "LINEAR": self.linear,
+            "SPLITS": _tiles.MAX_SPLITS,
+            "carry": None,
+        }
+
+    def sharing(self, kernel: Any, **constants: Any) -> tuple[Any, ...]:
+        """Entry for a kernel whose programs share rows; a constant may replace an argument by None."""
+        return self._entry(kernel, self.tile.block, self.tile.warps, constants)
+
+    def owning(self, kernel: Any) -> tuple[Any, ...]:
+        return self._entry(kernel, self.tile.row_block, self.tile.row_warps, {})
+
+    def searching(self, kernel: Any) -> tuple[Any, ...]:
+        return self._entry(kernel, self.tile.search_block, self.tile.row_warps, {})
+
+    def _entry(self, kernel: Any, block: int, warps: int, constants: dict[str, Any]) -> tuple[Any, ...]:
+        types = {name: type_ for name, type_ in self.types.items() if name not in constants}
+        return _tiles.ahead_of_time(kernel, types, {**self.constants, "BLOCK": block, **constants}, warps)
+
+
+AOT = [
+    AotMix("bf16", 3).sharing(model_lse_kernel),
+    AotMix("fp64", 3, long=False).sharing(model_lse_kernel, ABSENT=True),
+    AotMix("bf16", 3, "jsd").owning(row_stats_kernel),
+    AotMix("fp16", 3, "alpha", long=False).owning(row_stats_kernel),
+    AotMix("fp64", 2, "forward_kl").owning(row_stats_kernel),
+    AotMix("fp32", 6, "alpha").owning(row_stats_kernel),
+]

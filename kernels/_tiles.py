@@ -7,7 +7,7 @@ each leave a partial result, which the next kernel combines in a fixed order; so
 from __future__ import annotations
 
 import contextlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,21 +29,22 @@ class Tile(NamedTuple):
     search_block: int
 
 
-# (architecture, bytes an element, whether the vocabulary is long). Chosen by registers: about eight fp32 tokens of each
-# model a thread, so that nothing spills with six models.
+# (architecture, bytes an element, whether the vocabulary is long). Chosen ahead of time, by registers: as many tokens a
+# thread as four rows of logits allow without spilling.
 TILES = {
-    (architecture, size, long): Tile(
-        block=(2048 if long else 512) // (2 if size == 8 else 1),
-        warps=8 if long else 4,
-        row_block=(4096 if long else 1024) // (2 if size == 8 else 1),
-        row_warps=(8 if architecture == "gfx942" else 16) if long else 4,
-        search_block=(2048 if long else 512) // (2 if size == 8 else 1),
-    )
+    (architecture, size, long): tile
     for architecture in ("sm_80", "sm_90", "gfx942")
-    for size in (2, 4, 8)
-    for long in (False, True)
+    for size, long, tile in (
+        (2, False, Tile(512, 4, 512, 4, 512)),
+        (2, True, Tile(2048, 8, 4096, 16, 2048)),
+        (4, False, Tile(512, 4, 512, 4, 512)),
+        (4, True, Tile(2048, 8, 4096, 16, 2048)),
+        (8, False, Tile(256, 4, 256, 4, 256)),
+        (8, True, Tile(512, 8, 1024, 16, 1024)),
+    )
 }
 LONG_VOCABULARY = 8192
+ROWS_IN_REGISTERS = 4
 # Programs that fill the largest of the supported GPUs about four times over; above it rows are not split further.
 PROGRAMS = 512
 MAX_SPLITS = 64
@@ -56,8 +57,15 @@ def architecture(x: torch.Tensor) -> str:
     return "sm_90" if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9 else "sm_80"
 
 
-def tile_for(x: torch.Tensor) -> Tile:
-    return TILES[architecture(x), x.element_size(), x.shape[1] > LONG_VOCABULARY]
+def tile_for(x: torch.Tensor, rows: int) -> Tile:
+    """Sizes for kernels that read so many rows like x at once."""
+    return shrink(TILES[architecture(x), x.element_size(), x.shape[1] > LONG_VOCABULARY], rows)
+
+
+def shrink(tile: Tile, rows: int) -> Tile:
+    """More rows than the table is made for take smaller steps, down to what random numbers and warps ask for."""
+    by = triton.next_power_of_2(triton.cdiv(rows, ROWS_IN_REGISTERS))
+    return tile._replace(block=max(128, tile.block // by), row_block=max(128, tile.row_block // by))
 
 
 def split_rows(n_rows: int, vocabulary: int, block: int) -> tuple[int, int]:
@@ -159,3 +167,13 @@ def log_sum_exp_of_partials(partials, row, channel, splits, CHANNELS: tl.constex
     highest, mass = join_lanes(top, total)
     lse = highest + tl.log(mass)
     return highest, tl.where(tl.abs(lse) < INF, lse, float("nan"))
+
+
+# Ahead-of-time compilation --------------------------------------------------------------------------------------------
+
+
+def ahead_of_time(kernel: Any, types: dict[str, Any], constants: dict[str, Any], warps: int) -> tuple[Any, ...]:
+    """Entry of a module's AOT list: kernel, signature, constexprs, warps, stages; types and constants may name more."""
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    constexprs = {name: constants[name] for name, type_ in signature.items() if type_ == "constexpr"}
+    return kernel, signature, constexprs, warps, 3

@@ -18,7 +18,7 @@ from torch import Tensor
 from llmkern.kernels import _tiles
 from llmkern.kernels._mix import load_lses, load_tail, mix_tile, open_row, read_tile
 from llmkern.kernels._mix_gradients import mix_bwd_mass_kernel, mix_bwd_sums_kernel, mix_bwd_write_kernel
-from llmkern.kernels._mix_stats import Mix, find_stats
+from llmkern.kernels._mix_stats import AotMix, Mix, find_stats
 from llmkern.kernels._tiles import INF, add_lanes, join_lanes, log_sum_exp_of_partials, lowest
 
 
@@ -192,3 +192,14 @@ def mix_logits_bwd(
                 outs, sums, None if mix.is_linear else masses, **common, **combined, WANTED=wanted
             )
     return grads
+
+
+AOT = [
+    AotMix("bf16", 2, reference=False).sharing(mix_lse_kernel),
+    AotMix("fp64", 3).sharing(mix_lse_kernel),
+    AotMix("fp32", 6, long=False).sharing(mix_lse_kernel),
+    AotMix("bf16", 2, reference=False, carry=False).sharing(mix_write_kernel),
+    AotMix("fp16", 3, "alpha", exact=False).sharing(mix_write_kernel, partials=None),
+    AotMix("fp64", 3, "jsd").sharing(mix_write_kernel, partials=None),
+    AotMix("fp32", 6, "alpha").sharing(mix_write_kernel, partials=None),
+]

@@ -1,12 +1,12 @@
 """Triton kernels of sample_mixed.
 
-    sample_draw_kernel     one pass over the inputs, several programs a row: the race z - T log E of every token, and the
-                           log-sum-exp; a row with filters leaves its z in a workspace instead of racing
+    sample_draw_kernel     one pass over the inputs, several programs a row: the race z - T log E of every token, and
+                           the log-sum-exp; a row with filters leaves its z in a workspace instead of racing
     sample_finish_kernel   one program a row: combines these; for a row with filters finds the thresholds in the
                            workspace without sorting, and races among the tokens that are kept
 
 The token of the smallest E / p, E exponential, is that of the largest z - T log E, where the temperature T may be zero
-(greedy) and z may lack its normaliser. Thresholds are exact: each pass over z counts what lies above 15 pivots between
+(greedy) and z may lack its normaliser. Thresholds are exact: each pass over z weighs what lies above 7 pivots between
 two keys, integers in the order of the numbers, until nothing lies between the two.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llmkern.kernels import _tiles
 from llmkern.kernels._mix import load_lses, load_tail, mix_tile, open_row, read_tile
-from llmkern.kernels._mix_stats import Mix, find_stats
+from llmkern.kernels._mix_stats import AotMix, Mix, find_stats
 from llmkern.kernels._tiles import (
     INF,
     add_lanes,
@@ -32,7 +32,7 @@ from llmkern.kernels._tiles import (
     twice_atanh,
 )
 
-PIVOTS = tl.constexpr(16)
+PIVOTS = tl.constexpr(8)
 # Keeps 1 / T and T log E finite; a temperature beyond these limits is greedy or uniform all the same.
 LARGEST_TEMPERATURE = tl.constexpr(1e30)
 SMALLEST_TEMPERATURE = tl.constexpr(1e-30)
@@ -208,7 +208,7 @@ def measure(z_row, V, low, floor, top, inverse_temperature, BLOCK: tl.constexpr)
 
 @triton.jit
 def find_key(z_row, V, low, high, target, floor, top, inverse_temperature, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """Smallest key in (low, high] such that the tokens of larger keys weigh less than target; high is taken to be one."""
+    """Smallest key in (low, high] whose larger keys weigh less than target together; high is taken to be such a key."""
     while high - low > 1:
         step = (high - low - 1) // PIVOTS + 1
         pivots = low + step * (tl.arange(0, PIVOTS) + 1).to(low.dtype)
@@ -322,7 +322,7 @@ def sample_mixed(
     filters: Tensor,
     draws: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Tokens (B,) int64 and log-probs (B,), as ``sample_mixed_reference``; -1 and NaN for a row without distribution."""
+    """Tokens (B,) int64, log-probs (B,), as ``sample_mixed_reference``; -1 and NaN for a row without distribution."""
     n_rows, vocabulary = logits[0].shape
     tokens = torch.empty(n_rows, dtype=torch.int64, device=weights.device)
     log_probs = weights.new_empty(n_rows)
@@ -367,3 +367,14 @@ def sample_mixed(
             num_warps=mix.tile.row_warps,
         )
     return tokens, log_probs
+
+
+AOT = [
+    AotMix("bf16", 2, reference=False, carry=False).sharing(sample_draw_kernel),
+    AotMix("fp16", 3, "jsd", long=False).sharing(sample_draw_kernel),
+    AotMix("fp64", 3).sharing(sample_draw_kernel),
+    AotMix("fp32", 6, "alpha").sharing(sample_draw_kernel),
+    AotMix("fp32", 2).searching(sample_finish_kernel),
+    AotMix("fp64", 2, "jsd", long=False).searching(sample_finish_kernel),
+    AotMix("fp64", 2).searching(sample_finish_kernel),
+]
