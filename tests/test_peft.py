@@ -126,8 +126,12 @@ def test_head_with_adapters_is_not_shared(batch):
     assert torch.equal(ours.generate(ids, **call), plain.generate(ids, **call))
 
 
-def test_bent_logits_are_not_mixed_before_the_head(batch):
-    """Gemma caps its logits with a tanh after the head: mixing before it would be another distribution."""
+@pytest.mark.parametrize("cap", [4.0, 5000.0])
+def test_bent_logits_are_not_mixed_before_the_head(batch, cap):
+    """Gemma caps its logits with a tanh after the head: mixing before it would be another distribution.
+
+    The logits of one prompt may lie far below the cap, where nothing of it shows to float32.
+    """
     ids, mask = batch
     torch.manual_seed(0)
     config = Gemma2Config(
@@ -138,7 +142,7 @@ def test_bent_logits_are_not_mixed_before_the_head(batch):
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=8,
-        final_logit_softcapping=4.0,
+        final_logit_softcapping=cap,
         initializer_range=0.3,
         pad_token_id=PAD,
     )

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from scipy.stats import chisquare
-from tiny_models import EOS, PAD, llama
+from tiny_models import EOS, PAD, gpt2, llama
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -166,6 +166,15 @@ def test_greedy_under_every_divergence(models, batch, options, prefix):
     out = mixture.generate(ids, attention_mask=mask, weights=weights, max_new_tokens=NEW)
     expected = plain_greedy(models[:2], weights, prompts, reference=models[3], prefix=prefix, **options)
     assert continuations(out, ids.shape[1]) == expected
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_architectures_mix_and_positions_skip_the_padding(models, batch, use_cache):
+    ids, mask, prompts = batch
+    policies, weights = [gpt2(0), models[1]], torch.tensor([0.7, 0.3])
+    mixture = MixtureForCausalLM(policies, weights)
+    out = mixture.generate(ids, attention_mask=mask, max_new_tokens=NEW, use_cache=use_cache)
+    assert continuations(out, ids.shape[1]) == plain_greedy(policies, weights.expand(len(prompts), -1), prompts)
 
 
 def test_prefix_mode_changes_the_text(models, batch):

@@ -2,7 +2,7 @@
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WORDS = 96
 EOS, PAD = 2, 0
@@ -25,6 +25,23 @@ def llama(seed, vocabulary=WORDS, context=64):
         pad_token_id=PAD,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def gpt2(seed):
+    """Positions are learned and absolute, so that a shift of them shows."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=WORDS,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    return GPT2LMHeadModel(config).eval()
 
 
 def word_tokenizer(words=WORDS, swap=False, extra=0):
