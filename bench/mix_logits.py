@@ -12,12 +12,12 @@ WEIGHTS = (0.5, 0.3, 0.2)
 
 
 def language_like(rows: int, vocabulary: int, dtype: torch.dtype, device: str, models: int = 3) -> list[Tensor]:
-    """Logits whose probabilities fall with rank as in text (rank^-1.2), each model with noise of its own."""
+    """Logits whose probabilities fall with rank as in text (rank^-1.5: top-p 0.9 keeps some sixty), each model with noise of its own."""
     generator = torch.Generator().manual_seed(0)
     logits = []
     for row in range(rows):
         ranks = torch.randperm(vocabulary, generator=generator).float()
-        logits.append(-1.2 * torch.log(ranks + 2.7))
+        logits.append(-1.5 * torch.log(ranks + 2.7))
     common = torch.stack(logits)
     return [
         (common + 0.5 * torch.randn(rows, vocabulary, generator=generator)).to(device, dtype) for _ in range(models)

@@ -25,7 +25,7 @@ inline Divergence parse_divergence(std::string_view name) {
 }
 
 // Entries of a scratch row: room for the last partial register, which is padded with entries of no mass.
-inline int64_t padded(int64_t vocab) { return (vocab + 63) / 64 * 64; }
+inline int64_t padded(int64_t vocab) { return (vocab + 127) / 128 * 128; }
 
 template <typename T>
 struct MixInputs {

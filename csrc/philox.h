@@ -17,25 +17,36 @@ class Philox {
         row_(static_cast<uint32_t>(row)),
         step_{static_cast<uint32_t>(step), static_cast<uint32_t>(static_cast<uint64_t>(step) >> 32)} {}
 
-  // Words of the tokens [64 block, 64 block + 64), in their order.
-  void block(int64_t block, uint32_t* out) const {
-    for (int first = 0; first < 16; first += kLanes<float>) {
-      Words c0 = Words{} + static_cast<uint32_t>(16 * block + first) + lane_numbers();
-      Words c1 = Words{} + row_, c2 = Words{} + step_[0], c3 = Words{} + step_[1];
+  // Words of the tokens [128 pair, 128 pair + 128), in their order. Two registers of counters go side by side, since the
+  // rounds of one wait for each other.
+  void pair_of_blocks(int64_t pair, uint32_t* out) const {
+    constexpr int kChains = 2, kCounters = 2 * 16;
+    for (int first = 0; first < kCounters; first += kChains * kLanes<float>) {
+      Words c0[kChains], c1[kChains], c2[kChains], c3[kChains];
+      for (int k = 0; k < kChains; ++k) {
+        c0[k] = Words{} + static_cast<uint32_t>(kCounters * pair + first + k * kLanes<float>) + lane_numbers();
+        c1[k] = Words{} + row_, c2[k] = Words{} + step_[0], c3[k] = Words{} + step_[1];
+      }
       uint32_t k0 = key_[0], k1 = key_[1];
       for (int round = 0; round < 10; ++round) {
-        Words high0, low0, high1, low1;
-        multiply(c0, 0xD2511F53u, &high0, &low0);
-        multiply(c2, 0xCD9E8D57u, &high1, &low1);
-        c0 = high1 ^ c1 ^ k0;
-        c1 = low1;
-        c2 = high0 ^ c3 ^ k1;
-        c3 = low0;
+        for (int k = 0; k < kChains; ++k) {
+          Words high0, low0, high1, low1;
+          multiply(c0[k], 0xD2511F53u, &high0, &low0);
+          multiply(c2[k], 0xCD9E8D57u, &high1, &low1);
+          c0[k] = high1 ^ c1[k] ^ k0;
+          c1[k] = low1;
+          c2[k] = high0 ^ c3[k] ^ k1;
+          c3[k] = low0;
+        }
         k0 += 0x9E3779B9u;
         k1 += 0xBB67AE85u;
       }
-      const Words words[4] = {c0, c1, c2, c3};
-      for (int word = 0; word < 4; ++word) std::memcpy(out + 16 * word + first, &words[word], sizeof(Words));
+      for (int k = 0; k < kChains; ++k) {
+        const int counter = first + k * kLanes<float>;
+        uint32_t* to = out + counter / 16 * kTokensPerBlock + counter % 16;
+        const Words words[4] = {c0[k], c1[k], c2[k], c3[k]};
+        for (int word = 0; word < 4; ++word) std::memcpy(to + 16 * word, &words[word], sizeof(Words));
+      }
     }
   }
 

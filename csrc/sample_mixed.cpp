@@ -29,48 +29,42 @@ struct Race {
   }
 };
 
-// Lets the kept tokens of blocks [first, last) race. Most lose against u < -log(1 - u) alone, and blocks without a token
-// that could win even with the smallest u are not drawn at all.
+// Lets the kept tokens of pairs of blocks [first, last) race. Most lose against u < -log(1 - u) alone, and pairs without a
+// token that could win even with the smallest u are not drawn at all.
+constexpr int64_t kPair = 2 * kTokensPerBlock;
+
 template <typename A>
 void run_race(const A* p, const Cut<A>& cut, const Philox& philox, int64_t first, int64_t last, Race* race) {
   using V = Lanes<A>;
   constexpr double kSmallest = 0x1p-33;
-  for (int64_t block = first; block < last; ++block) {
-    const A* p_block = p + block * kTokensPerBlock;
+  for (int64_t pair = first; pair < last; ++pair) {
+    const A* p_pair = p + pair * kPair;
     // Rounded up, so that no winner is dismissed.
     const A bound = static_cast<A>(std::min(race->time * (1 + 1e-6), 1e30));
     const A least = std::max(cut.value, static_cast<A>(kSmallest / bound));
     V best{};
-    for (int i = 0; i < kTokensPerBlock; i += kLanes<A>) best = max(load(p_block + i, All{}), best);
+    for (int i = 0; i < kPair; i += kLanes<A>) best = max(load(p_pair + i, All{}), best);
     if (top<A>(best) < least) continue;
 
-    uint32_t words[kTokensPerBlock];
-    philox.block(block, words);
-    float u[kTokensPerBlock];
-    uint32_t candidates = 0;
-    for (int i = 0; i < kTokensPerBlock; i += kLanes<float>) {
+    uint32_t words[kPair];
+    philox.pair_of_blocks(pair, words);
+    float u[kPair];
+    Ints hits{};
+    for (int i = 0; i < kPair; i += kLanes<float>) {
       Words w;
       std::memcpy(&w, words + i, sizeof(w));
       const Floats drawn = uniform(w);
       store(u + i, drawn, All{});
       if constexpr (std::is_same_v<A, float>) {
-        const Floats p_i = load(p_block + i, All{});
-        const auto hit = (drawn < p_i * bound) & (p_i >= cut.value) & (p_i > 0.0f);
-        Ints any = reinterpret<Ints>(hit);
-        int32_t bits = 0;
-        for (int lane = 0; lane < kLanes<float>; ++lane) bits |= any[lane];
-        candidates |= static_cast<uint32_t>(bits != 0) << (i / kLanes<float>);
-      } else {
-        candidates |= 1u << (i / kLanes<float>);
+        const Floats p_i = load(p_pair + i, All{});
+        hits |= (drawn < p_i * bound) & (p_i >= cut.value);
       }
     }
-    for (; candidates != 0; candidates &= candidates - 1) {
-      const int begin = __builtin_ctz(candidates) * kLanes<float>;
-      for (int i = begin; i < begin + kLanes<float>; ++i) {
-        const int64_t id = block * kTokensPerBlock + i;
-        const bool kept = p_block[i] > cut.value || (p_block[i] == cut.value && id <= cut.last);
-        if (kept && p_block[i] > 0 && u[i] < p_block[i] * static_cast<double>(bound)) race->enter(id, u[i], p_block[i]);
-      }
+    if (std::is_same_v<A, float> && !any(hits)) continue;
+    for (int i = 0; i < kPair; ++i) {
+      const int64_t id = pair * kPair + i;
+      const bool kept = p_pair[i] > cut.value || (p_pair[i] == cut.value && id <= cut.last);
+      if (kept && u[i] < p_pair[i] * static_cast<double>(bound)) race->enter(id, u[i], p_pair[i]);
     }
   }
 }
@@ -107,9 +101,9 @@ int64_t draw(const A* p, int64_t vocab, double mass, const Filters& filters, con
   }
   if (filters.min_p > cut.value) cut = {static_cast<A>(filters.min_p), std::numeric_limits<int64_t>::max()};
 
-  const int64_t blocks = width / kTokensPerBlock, per_task = kPiecesPerTask * kPiece / kTokensPerBlock;
-  c10::SmallVector<Race, 32> races((blocks + per_task - 1) / per_task + 1);
-  at::parallel_for(0, blocks, per_task, [&](int64_t first, int64_t last) {
+  const int64_t pairs = width / kPair, per_task = kPiecesPerTask * kPiece / kPair;
+  c10::SmallVector<Race, 32> races(pairs / per_task + 1);
+  at::parallel_for(0, pairs, per_task, [&](int64_t first, int64_t last) {
     run_race(p, cut, philox, first, last, &races[first / per_task]);
   });
   Race winner;

@@ -168,6 +168,13 @@ inline A sum(Lanes<A> x) {
   return total;
 }
 
+inline bool any(Ints mask) {
+  uint64_t parts[kRegisterBytes / 8], joined = 0;
+  std::memcpy(parts, &mask, sizeof(mask));
+  for (uint64_t part : parts) joined |= part;
+  return joined != 0;
+}
+
 template <typename V>
 inline V max(V x, V y) {
   return x > y ? x : y;
