@@ -51,7 +51,7 @@ def _run(arguments: argparse.Namespace) -> int:
     settings = FAST if arguments.fast else FULL
     for folder in (arguments.cache, arguments.report):
         _make_folder(folder)
-    cache = Cache(arguments.cache)
+    cache = Cache(arguments.cache, settings.checkpoint_seconds)
     if arguments.fresh:
         cache.clear()
     build = _library.cpu_build

@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 
-CHECKPOINT_SECONDS = 10.0
-
 
 def stage_key(*parts: Any) -> str:
     """Short hash of settings (dataclasses), keys of earlier stages (strings) and the source of modules."""
@@ -34,8 +32,8 @@ def stage_key(*parts: Any) -> str:
 class Cache:
     """A folder of ``<stage>-<key>.pt`` files, each a dictionary of tensors and plain Python values."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, checkpoint_seconds: float = 10.0) -> None:
+        self.folder, self.checkpoint_seconds = folder, checkpoint_seconds
         folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, stage: str, key: str) -> Path:
@@ -104,7 +102,7 @@ def resumable_steps(
     saved = time.monotonic()
     for step in range(first, steps):
         yield step
-        if time.monotonic() - saved > CHECKPOINT_SECONDS:
+        if time.monotonic() - saved >= cache.checkpoint_seconds:
             state = {
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),

@@ -10,7 +10,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -24,6 +23,20 @@ from llmkern import __version__, _library
 from llmkern.demo.base import Context
 
 COLORS = {"blue": "#2563a8", "orange": "#c8611a", "green": "#3a7d44", "grey": "#6b7280", "purple": "#7a4ea3"}
+
+matplotlib.rcParams.update(
+    {
+        "font.size": 11.5,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.titleweight": "bold",
+        "axes.titlesize": 12,
+        "axes.grid": True,
+        "grid.color": "#e5e7eb",
+        "axes.axisbelow": True,
+        "legend.frameon": False,
+    }
+)
 
 STYLE = """
 :root { --ink: #1d2330; --soft: #5b6472; --line: #d9dde4; --paper: #ffffff; --wash: #f5f6f8; --accent: #2563a8; }
@@ -80,19 +93,7 @@ def figure_svg(figure: Figure, name: str) -> str:
 
 
 def new_axes(columns: int, width: float = 11.0, height: float = 4.2) -> tuple[Figure, list[plt.Axes]]:
-    style: Any = {
-        "font.size": 11,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titleweight": "bold",
-        "axes.titlesize": 11.5,
-        "axes.grid": True,
-        "grid.color": "#e5e7eb",
-        "axes.axisbelow": True,
-        "legend.frameon": False,
-    }
-    with plt.rc_context(style):
-        figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
     return figure, list(axes[0])
 
 

@@ -41,7 +41,7 @@ class PolicySettings:
     length: int = 40
     prompts: int = 24
     samples: int = 4
-    steps: int = 48
+    steps: int = 44
     learning_rate: float = 1.5e-4
     scale_sequences: int = 384
     seed: int = 1
@@ -75,6 +75,7 @@ class Settings:
     policy: PolicySettings = field(default_factory=PolicySettings)
     sweep: SweepSettings = field(default_factory=SweepSettings)
     speed: SpeedSettings = field(default_factory=SpeedSettings)
+    checkpoint_seconds: float = 10.0
 
 
 FULL = Settings()
@@ -87,4 +88,5 @@ FAST = Settings(
     PolicySettings(prompt=16, length=12, prompts=4, samples=4, steps=3, learning_rate=3e-3, scale_sequences=32),
     SweepSettings(seeds=3, prompts=4),
     SpeedSettings(batch=2, length=6, repeats=3, vocabulary=2000, micro_batch=2, micro_repeats=3),
+    checkpoint_seconds=0.0,
 )

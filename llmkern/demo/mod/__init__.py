@@ -8,7 +8,7 @@ from rich.text import Text
 
 from llmkern.demo.base import Context
 from llmkern.demo.mod import page
-from llmkern.demo.mod.evaluate import BASE, Row, evaluate_all, logit_averaging_difference
+from llmkern.demo.mod.evaluate import BASE, Row, evaluate_all, logit_averaging_difference, weights_text
 from llmkern.demo.mod.findings import findings
 from llmkern.demo.mod.policies import load_policies
 from llmkern.demo.mod.samples import draw_samples
@@ -31,12 +31,17 @@ def run(context: Context) -> Section:
 
 
 def _table(rows: list[Row]) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), title="mean ± half of the 95 % interval over decoding seeds")
+    table = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+        title="mean ± half of the 95 % interval over decoding seeds",
+    )
     table.add_column("method", no_wrap=True)
     for name in ("weights", "comments", "calls", "KL to base", "J"):
         table.add_column(name, justify="right", no_wrap=True)
     for before, row in zip([None, *rows], rows):
-        weights = "" if row.method == BASE else f"{row.weights[0]:g}, {row.weights[1]:g}"
+        weights = "" if row.method == BASE else weights_text(row.weights)
         name = "" if before is not None and before.method == row.method else row.method
         table.add_row(Text(name), weights, *(cell.replace(" ± ", "±") for cell in page.cells(row)))
     return table

@@ -38,7 +38,7 @@ class Estimate(NamedTuple):
         return cls(per_seed.mean().item(), half)
 
     def __str__(self) -> str:
-        return f"{self.mean:+.2f} ± {self.half:.2f}"
+        return f"{self.mean:+.2f} ± {self.half:.2f}".replace("-", "\u2212")
 
 
 @dataclass
@@ -168,3 +168,7 @@ def find(rows: Sequence[Row], method: str, weights: tuple[float, float]) -> Row 
     return next(
         (r for r in rows if r.weights == weights and (r.method == method or (corner and r.method == MOD))), None
     )
+
+
+def weights_text(weights: tuple[float, float]) -> str:
+    return ", ".join(f"{w:g}".replace("0.", ".").replace("-", "\u2212") for w in weights)

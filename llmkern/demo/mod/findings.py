@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llmkern import _library
 from llmkern.demo.base import Context
-from llmkern.demo.mod.evaluate import INNER, MERGE, MOD, OUTER, PROBABILITIES, Estimate, Row, find
+from llmkern.demo.mod.evaluate import INNER, MERGE, MOD, OUTER, PROBABILITIES, Estimate, Row, find, weights_text
 from llmkern.demo.mod.speed import Speed
 
 
@@ -31,7 +31,7 @@ def _compare(rows: list[Row], other: str, weights: list[tuple[float, float]]) ->
     found = {w: paired(rows, other, w) for w in weights}
     ahead = [w for w, d in found.items() if d.mean - d.half > 0]
     behind = [w for w, d in found.items() if d.mean + d.half < 0]
-    listed = "; ".join(f"{w[0]:g}, {w[1]:g}: {d}" for w, d in found.items())
+    listed = "; ".join(f"{weights_text(w)}: {d}" for w, d in found.items())
     return (
         f"J of MOD less J of {other}, seed by seed ({listed}): MOD is ahead beyond the interval at {len(ahead)} of "
         f"{len(found)} weights, {other} at {len(behind)}."

@@ -9,7 +9,7 @@ import torch
 from matplotlib.axes import Axes
 
 from llmkern.demo.base import Context
-from llmkern.demo.mod.evaluate import BASE, INNER, MERGE, MOD, OUTER, PROBABILITIES, Estimate, Row, find
+from llmkern.demo.mod.evaluate import BASE, INNER, MERGE, MOD, OUTER, PROBABILITIES, Estimate, Row, find, weights_text
 from llmkern.demo.mod.findings import paired
 from llmkern.demo.mod.policies import Scale
 from llmkern.demo.mod.rewards import OBJECTIVES
@@ -33,7 +33,7 @@ def histories(context: Context, key: str) -> dict[str, list[list[float]]]:
 def cells(row: Row) -> list[str]:
     """Rewards, KL and J as the tables show them; the base has no weights, hence no J."""
     shown = [str(Estimate.of(row.reward[:, i])) for i in range(2)]
-    shown.append(str(Estimate.of(row.kl)).lstrip("+"))
+    shown.append(str(Estimate.of(row.kl.abs()))[1:])
     return [*shown, "" if row.method == BASE else str(Estimate.of(row.objective))]
 
 
@@ -66,9 +66,9 @@ policies are the same in all rows, so the intervals say nothing about tuning the
 merging and averaging are the policy itself.</p>
 {_main_table(rows)}
 <figure>{_frontier(rows)}<figcaption>Left: the frontier, with intervals; each line runs from policy 2 (calls) over the
-weights &frac14;, &frac12;, &frac34; to policy 1 (comments); crosses are weights outside the simplex. Middle: J by the
-weight of comments. Right: weighted reward against the KL that it cost; along a grey line J is constant, so higher lines
-are better and reward alone favours whoever drifts further.</figcaption></figure>
+weights &frac14;, &frac12;, &frac34; to policy 1 (comments); the single points are weights outside the simplex. Middle:
+J by the weight of comments. Right: weighted reward against the KL that it cost; along a grey line J is constant, so
+higher lines are better, and reward alone favours whoever drifts further.</figcaption></figure>
 <h3>MOD less the others, seed by seed</h3>{_paired_table(rows)}
 <h3>Tuning</h3><figure>{_tuning(tuning)}<figcaption>Reward and KL of the two policies while they were tuned, on their
 own samples.</figcaption></figure>
@@ -97,14 +97,18 @@ def _main_table(rows: list[Row]) -> str:
         shown = cells(row)
         if row.method != BASE and row.objective.mean().item() == best[row.weights] and 0.0 not in row.weights:
             shown[-1] = f"<b>{shown[-1]}</b>"
-        weights = "" if row.method == BASE else f"{row.weights[0]:g}, {row.weights[1]:g}"
+        weights = "" if row.method == BASE else weights_text(row.weights)
         name = row.method + (" = logit averaging" if row.method == MOD and sum(row.weights) == 1 else "")
         lines.append([html.escape(name), weights, *shown])
         if row.method != previous:
             ruled.append(i)
         previous = row.method
     header = ["method", "weights<br>comments, calls", "comments", "calls", "KL to base", "J"]
-    return html_table(header, lines, ruled) + '<p class="note">Bold: the highest J at these weights.</p>'
+    return html_table(header, lines, ruled) + (
+        '<p class="note">Bold: the highest J at these weights. The policies were tuned under reverse KL; the '
+        "other divergences are shown for their effect, not as optima. Turned: policy 2 written in other coordinates, "
+        "with the same outputs.</p>"
+    )
 
 
 def _paired_table(rows: list[Row]) -> str:
@@ -113,7 +117,7 @@ def _paired_table(rows: list[Row]) -> str:
     for weights in [*inner, *OUTER]:
         against = [str(paired(rows, MERGE, weights))]
         against.append(str(paired(rows, PROBABILITIES, weights)) if weights in inner else "not defined")
-        lines.append([f"{weights[0]:g}, {weights[1]:g}", *against])
+        lines.append([weights_text(weights), *against])
     return html_table(["weights", f"J of MOD less {MERGE}", f"J of MOD less {PROBABILITIES}"], lines)
 
 
@@ -123,7 +127,7 @@ def _series(rows: list[Row], method: str) -> list[Row]:
 
 
 def _frontier(rows: list[Row]) -> str:
-    figure, (left, middle, right) = new_axes(3, width=14, height=4.8)
+    figure, (left, middle, right) = new_axes(3, width=12.5, height=4.4)
     for method, (color, style) in LINES.items():
         line = _series(rows, method)
         x, y = ([Estimate.of(row.reward[:, i]) for row in line] for i in range(2))
@@ -135,16 +139,10 @@ def _frontier(rows: list[Row]) -> str:
         for weights in OUTER:
             row = find(rows, method, weights)
             if row is not None:
-                point = [Estimate.of(row.reward[:, i]) for i in range(2)]
-                _errorbars(left, [point[0]], [point[1]], "x", COLORS[color], None)
-                left.annotate(
-                    f"{weights[0]:g}, {weights[1]:g}".replace("-", "\u2212"),
-                    (point[0].mean, point[1].mean),
-                    xytext=(6, 4),
-                    textcoords="offset points",
-                    fontsize=9,
-                    color=COLORS[color],
-                )
+                x, y = ([Estimate.of(row.reward[:, i])] for i in range(2))
+                _errorbars(left, x, y, style[0], COLORS[color], None)
+                if method == MOD:
+                    left.annotate(weights_text(weights), (x[0].mean, y[0].mean), (8, 8), textcoords="offset points")
     base = next(row for row in rows if row.method == BASE)
     left.plot(*base.reward.mean(0).tolist(), "D", color=COLORS["grey"], label=BASE)
     right.plot(0, 0, "D", color=COLORS["grey"])
@@ -159,7 +157,7 @@ def _frontier(rows: list[Row]) -> str:
     middle.set(xlabel="weight of comments", ylabel="J", title="Objective J")
     right.set(xlabel="KL to the base (nats)", ylabel="weighted reward", title="Reward against its cost")
     right.grid(False)
-    left.legend(loc="best", fontsize=9.5)
+    left.legend(loc="best")
     return figure_svg(figure, "frontier")
 
 

@@ -3,10 +3,11 @@
 Gradient ascent on J(pi) = E[R(y)] - beta KL(pi || base), the objective whose optima the mixing of logits assumes. With
 k_t the KL of the next-token distributions at step t, which is summed over the whole vocabulary,
 
-    grad J = E[ sum_t (R - beta sum_{s > t} k_s - b_t) grad log pi(y_t) ] - beta E[ sum_t grad k_t ],
+    grad J = E[ sum_t (R - c_t - beta sum_{s > t} k_s - b_t) grad log pi(y_t) ] - beta E[ sum_t grad k_t ],
 
-where the continuations y are drawn from the policy as it stands, and the baseline b_t is the mean over the other
-continuations of the same prompt.
+where the continuations y are drawn from the policy as it stands. Two terms take noise away and leave the mean as it
+is: c_t, the part of the reward that the tokens before t have brought in, and b_t, the mean of what stands before it
+over the other continuations of the same prompt.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from llmkern.demo.cache import resumable_steps, stage_key
 from llmkern.demo.mod import rewards as rewards_module
 from llmkern.demo.mod.rewards import OBJECTIVES
 
+PREFIX_STEP = 4
+
 
 class Scale(NamedTuple):
     """Mean and standard deviation of each objective over continuations of the base, which make rewards comparable."""
@@ -42,6 +45,19 @@ def objective_values(tokenizer: Tokenizer, tokens: Tensor) -> Tensor:
 def rewards(tokenizer: Tokenizer, tokens: Tensor, scale: Scale) -> Tensor:
     """(B, 2): the objectives in standard deviations above the mean of the base."""
     return (objective_values(tokenizer, tokens) - scale.mean) / scale.deviation
+
+
+def rewards_so_far(tokenizer: Tokenizer, tokens: Tensor, scale: Scale, index: int) -> Tensor:
+    """(B, length): what the tokens before each one contribute to the reward, brought up to date every fourth token.
+
+    Both objectives are shares, so a beginning counts by its part of the length.
+    """
+    length = tokens.shape[1]
+    earned = torch.zeros(tokens.shape)
+    for t in range(PREFIX_STEP, length, PREFIX_STEP):
+        part = rewards(tokenizer, tokens[:, :t], scale)[:, index] * (t / length)
+        earned[:, t : t + PREFIX_STEP] = part[:, None]
+    return earned
 
 
 def load_policies(context: Context) -> tuple[list[LlamaForCausalLM], Scale, str]:
@@ -88,8 +104,9 @@ def _tune(context: Context, policy: LlamaForCausalLM, scale: Scale, index: int, 
             prompts = prompts.repeat_interleave(settings.samples, 0)
             tokens = continuations(policy.eval(), prompts, settings.length, number)
             reward = rewards(context.corpus.tokenizer, tokens, scale)[:, index]
+            earned = rewards_so_far(context.corpus.tokenizer, tokens, scale, index)
             loss, kl = negative_objective(
-                policy, context.model, prompts, tokens, reward, settings.samples, settings.beta
+                policy, context.model, prompts, tokens, reward[:, None] - earned, settings.samples, settings.beta
             )
             loss.backward()
             torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
@@ -105,13 +122,13 @@ def negative_objective(
     base: LlamaForCausalLM,
     prompts: Tensor,
     tokens: Tensor,
-    reward: Tensor,
+    gain: Tensor,
     samples: int,
     beta: float,
 ) -> tuple[Tensor, Tensor]:
     """A scalar whose gradient is that of -J as the module's formula has it, and the KL of each sequence (B,).
 
-    Rows are ordered by prompt, ``samples`` continuations each.
+    gain (B, length) is R - c_t. Rows are ordered by prompt, ``samples`` continuations each.
     """
     with torch.no_grad():
         base_rows = continuation_log_probs(base, prompts, tokens)
@@ -119,8 +136,8 @@ def negative_objective(
     kl = (rows.exp() * (rows - base_rows)).sum(-1)
     spent = kl.detach()
     later = spent.flip(1).cumsum(1).flip(1) - spent
-    gain = (reward[:, None] - beta * later).view(-1, samples, spent.shape[1])
-    advantage = (gain - gain.mean(1, keepdim=True)).view_as(spent) * samples / (samples - 1)
+    rest = (gain - beta * later).view(-1, samples, spent.shape[1])
+    advantage = (rest - rest.mean(1, keepdim=True)).view_as(spent) * samples / (samples - 1)
     chosen = rows.gather(-1, tokens[..., None]).squeeze(-1)
     return (beta * kl - advantage * chosen).sum(1).mean(), spent.sum(1)
 

@@ -177,31 +177,30 @@ def _write_csv(path: Path, found: dict[str, list[Row]]) -> None:
 
 
 def _plot(path: Path, found: dict[str, list[Row]]) -> None:
+    """What each method leaves of the optimum's J, a panel a regime and a point a seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = [method for method in METHODS if method != "merge, symmetry"]
+    shown = [method for method in METHODS if method not in ("optimum", "merge, symmetry")]
     figure, axes = plt.subplots(1, len(found), figsize=(4.2 * len(found), 4), layout="constrained", squeeze=False)
     for axis, (words, rows) in zip(axes[0], found.items()):
+        best = {(row.seed, row.weights): row.outcome for row in rows if row.method == "optimum"}
         for i, method in enumerate(shown):
             for place, weights in enumerate(WEIGHTS):
-                outcomes = [row.outcome for row in rows if row.method == method and row.weights == weights]
-                values = [o.objective for o in outcomes if o is not None]
-                axis.plot(
-                    [place + (i - 2.5) * 0.12] * len(values),
-                    values,
-                    "o",
-                    color=f"C{i}",
-                    markersize=4,
-                    label=method if place == 0 else None,
-                )
-        axis.set_xticks(range(len(WEIGHTS)), [_weights_text(weights) for weights in WEIGHTS], fontsize=8)
+                values = []
+                for row in rows:
+                    top = best[row.seed, row.weights]
+                    if (row.method, row.weights) == (method, weights) and row.outcome is not None and top is not None:
+                        values.append(row.outcome.objective - top.objective)
+                label = method if place == 0 else None
+                axis.plot([place + (i - 2) * 0.14] * len(values), values, "o", color=f"C{i}", markersize=4, label=label)
+        axis.set_xticks(range(len(WEIGHTS)), [_weights_text(weights) for weights in WEIGHTS], fontsize=9)
         axis.set_title(words.replace("beta = 1, ", "beta = 1,\n"), fontsize=10)
         axis.grid(axis="y", color="#e5e7eb")
-    axes[0][0].set_ylabel("J, one point a seed (merge after symmetry lies below)")
-    axes[0][0].legend(fontsize=8)
+    axes[0][0].set_ylabel("J less J of the optimum")
+    axes[0][0].legend(fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
