@@ -12,10 +12,10 @@ WEIGHTS = (0.5, 0.3, 0.2)
 
 
 def language_like(rows: int, vocabulary: int, dtype: torch.dtype, device: str, models: int = 3) -> list[Tensor]:
-    """Logits whose probabilities fall with rank as in text (rank^-1.5: top-p 0.9 keeps some sixty), each model with noise of its own."""
+    """Logits whose probabilities fall with rank as in text (rank^-1.5), each model with noise of its own."""
     generator = torch.Generator().manual_seed(0)
     logits = []
-    for row in range(rows):
+    for _ in range(rows):
         ranks = torch.randperm(vocabulary, generator=generator).float()
         logits.append(-1.5 * torch.log(ranks + 2.7))
     common = torch.stack(logits)
@@ -43,7 +43,9 @@ def ours_forward_kl_zero(logits: list[Tensor], weights: Tensor) -> Tensor:
     return llmkern.mix_logits(logits, weights, divergence="forward_kl", normalizer="zero")
 
 
-def case(rows: int, vocabulary: int, dtype: torch.dtype, *, mode: str = "forward", divergence: str = "reverse_kl") -> Case:
+def case(
+    rows: int, vocabulary: int, dtype: torch.dtype, *, mode: str = "forward", divergence: str = "reverse_kl"
+) -> Case:
     function, plain = (ours, reverse_kl) if divergence == "reverse_kl" else (ours_forward_kl_zero, forward_kl_zero)
     reads, writes = (len(WEIGHTS), 1) if mode == "forward" else (len(WEIGHTS) + 1, len(WEIGHTS))
     name = f"{divergence}-B{rows}-V{vocabulary}"

@@ -61,7 +61,9 @@ def greedy_agree(results: dict[str, tuple[Tensor, Tensor]], arguments: tuple[lis
         assert (truth.amax(-1) - log_probs).abs().max() < 1e-4, f"{name} is not greedy"
 
 
-def case(label: str, rows: int, vocabulary: int, *, flat: bool = False, dtype: torch.dtype = torch.bfloat16, **filters: float) -> Case:
+def case(
+    label: str, rows: int, vocabulary: int, *, flat: bool = False, dtype: torch.dtype = torch.bfloat16, **filters: float
+) -> Case:
     def inputs(device: str) -> tuple[list[Tensor], Tensor]:
         weights = torch.tensor(WEIGHTS, device=device)
         if flat:

@@ -31,8 +31,8 @@ inline void for_pieces(int64_t n, int64_t pieces_per_task, Body body) {
   });
 }
 
-// Calls body(row, slot), slot < scratch_slots(rows): rows in parallel where there are enough to keep all threads busy to
-// the end, else one after the other, and then the pieces of a row may go in parallel.
+// Calls body(row, slot), slot < scratch_slots(rows): rows in parallel where there are enough to keep all threads busy
+// to the end, else one after the other, and then the pieces of a row may go in parallel.
 inline bool rows_in_parallel(int64_t rows) {
   const int64_t threads = at::get_num_threads();
   return threads > 1 && (rows % threads == 0 || rows >= 4 * threads);

@@ -1,5 +1,5 @@
-// Rows of a logit mixture under everything but exact reverse KL: the other divergences, and the forms with Z = 0. Notation
-// and formulas: llmkern/ops/mix_logits/reference.py.
+// Rows of a logit mixture under everything but exact reverse KL: the other divergences, and the forms with Z = 0.
+// Notation and formulas: llmkern/ops/mix_logits/reference.py.
 #pragma once
 
 #include "mix_rows.h"
@@ -193,8 +193,8 @@ inline bool solve_root(const A* b, const A* h, const A* e, int64_t width, A alph
   return mass > 0.99 && mass < 1.01;
 }
 
-// Writes log mix of one row to out, which has room for three padded rows; fills the row's statistics. False where the row
-// holds no distribution.
+// Writes log mix of one row to out, which has room for three padded rows; fills the row's statistics. False where the
+// row holds no distribution.
 template <typename T>
 bool mix_divergence_row(const MixInputs<T>& in, int64_t row, Acc<T>* out, Acc<T>* statistics) {
   using A = Acc<T>;
@@ -247,7 +247,8 @@ bool mix_divergence_row(const MixInputs<T>& in, int64_t row, Acc<T>* out, Acc<T>
     store(b + i, pad_with(b_i, -infinity, lanes), All{});
   });
   // Whole registers beyond the vocabulary, up to the padded width.
-  for (int64_t i = (in.vocab + kLanes<A> - 1) / kLanes<A> * kLanes<A>; i < width; ++i) b[i] = -infinity, h[i] = 0, e[i] = 1;
+  for (int64_t i = (in.vocab + kLanes<A> - 1) / kLanes<A> * kLanes<A>; i < width; ++i)
+    b[i] = -infinity, h[i] = 0, e[i] = 1;
   const bool solved = solve_root(b, h, e, width, in.alpha, &root);
   for (int64_t i = 0; i < width; i += kLanes<A>) {
     const V y = load(h + i, All{}) + root.value * load(e + i, All{});
@@ -307,9 +308,7 @@ class DivergenceGradient {
   }
 
   // dr from H and from H (1 - sum_i w_i K_i).
-  V reference_part(V h, V rest) const {
-    return in_.divergence == Divergence::kReverseKl ? mixture_.rest() * h : rest;
-  }
+  V reference_part(V h, V rest) const { return in_.divergence == Divergence::kReverseKl ? mixture_.rest() * h : rest; }
 
  private:
   const MixInputs<T>& in_;

@@ -1,5 +1,6 @@
-// mix_logits on the CPU. Exact reverse KL is one weighted sum and a log-sum-exp: the mixed row stays in the second-level
-// cache between the two. All else needs the log-sum-exp of each model first, and a search for Z over cached rows.
+// mix_logits on the CPU. Exact reverse KL is one weighted sum and a log-sum-exp: the mixed row stays in the
+// second-level cache between the two. All else needs the log-sum-exp of each model first, and a search for Z over
+// cached rows.
 #include <torch/library.h>
 
 #include <tuple>
@@ -102,9 +103,8 @@ void backward_reverse_kl(const MixInputs<T>& in, const T* dy, const Acc<T>* stat
         const A weight = in.weights_row(row)[m];
         if (T* to = grads.logits[m]) {
           to += row * in.vocab;
-          for_lanes<A>(begin, end, [&](int64_t i, auto lanes) {
-            store(to + i, weight * load(z + (i - begin), All{}), lanes);
-          });
+          for_lanes<A>(begin, end,
+                       [&](int64_t i, auto lanes) { store(to + i, weight * load(z + (i - begin), All{}), lanes); });
         }
         if (grads.weights) {
           const T* policy = in.logits_row(m, row);
@@ -120,7 +120,8 @@ void backward_reverse_kl(const MixInputs<T>& in, const T* dy, const Acc<T>* stat
       }
       if (T* to = grads.reference) {
         to += row * in.vocab;
-        for_lanes<A>(begin, end, [&](int64_t i, auto lanes) { store(to + i, rest * load(z + (i - begin), All{}), lanes); });
+        for_lanes<A>(begin, end,
+                     [&](int64_t i, auto lanes) { store(to + i, rest * load(z + (i - begin), All{}), lanes); });
       }
     });
     for (int64_t m = 0; m < in.models; ++m) {
@@ -146,7 +147,8 @@ void backward_divergence(const MixInputs<T>& in, const T* dy, const Acc<T>* stat
     c10::SmallVector<A, 16> statistics(stats + row * columns, stats + (row + 1) * columns);
     for (int64_t m = 0; m < in.models; ++m) {
       // The forward pass did not read a model without weight.
-      if (in.weights_row(row)[m] == 0 && needs_zero_weight) statistics[m] = log_sum_exp(in.logits_row(m, row), in.vocab);
+      if (in.weights_row(row)[m] == 0 && needs_zero_weight)
+        statistics[m] = log_sum_exp(in.logits_row(m, row), in.vocab);
     }
     const DivergenceRow<T> mixture(in, row, statistics.data());
     const Root<A> root{statistics[in.models + 1], statistics[in.models + 2], statistics[in.models + 3]};
@@ -265,7 +267,9 @@ std::vector<at::Tensor> mix_logits_bwd(const at::Tensor& dy, const at::Tensor& s
   std::vector<at::Tensor> grads;
   for (size_t i = 0; i < models + 3; ++i) {
     const at::Tensor& like =
-        i < models ? logits[i] : (i == models ? weights : (i == models + 1 ? (reference ? *reference : dy) : (carry ? *carry : dy)));
+        i < models
+            ? logits[i]
+            : (i == models ? weights : (i == models + 1 ? (reference ? *reference : dy) : (carry ? *carry : dy)));
     grads.push_back(needs.get(i) ? at::empty(like.sizes(), like.options()) : at::empty({0}, dy.options()));
   }
   LLMKERN_DISPATCH(logits[0].scalar_type(), [&] {

@@ -1,5 +1,5 @@
-// Rows of a logit mixture, as mix_logits and sample_mixed see them: the arguments, the log-sum-exp of a row, and the row
-// of exact reverse KL, a weighted sum of logits. Notation and formulas: llmkern/ops/mix_logits/reference.py.
+// Rows of a logit mixture, as mix_logits and sample_mixed see them: the arguments, the log-sum-exp of a row, and the
+// row of exact reverse KL, a weighted sum of logits. Notation and formulas: llmkern/ops/mix_logits/reference.py.
 #pragma once
 
 #include <c10/util/SmallVector.h>
@@ -89,7 +89,8 @@ struct MixInputs {
   std::vector<at::Tensor> held_;
 };
 
-// Log-sum-exp by pieces ------------------------------------------------------------------------------------------------
+// Log-sum-exp by pieces
+// ------------------------------------------------------------------------------------------------
 
 template <typename A>
 struct PieceSum {
@@ -124,7 +125,8 @@ inline A combine(const PieceSum<A>* pieces, int64_t count) {
   return static_cast<A>(top + std::log(total));
 }
 
-// Exact reverse KL -----------------------------------------------------------------------------------------------------
+// Exact reverse KL
+// -----------------------------------------------------------------------------------------------------
 
 template <typename T>
 struct Term {

@@ -19,9 +19,8 @@ void register_sample_mixed(torch::Library& library);
 namespace {
 
 // Also found by its first word in the bytes of a module that does not load.
-const char kStamp[] =
-    "llmkern-build:torch=" LLMKERN_TEXT(LLMKERN_TORCH) ";isa=" LLMKERN_TEXT(LLMKERN_ISA) ";schemas=" LLMKERN_TEXT(
-        LLMKERN_SCHEMAS) ";";
+const char kStamp[] = "llmkern-build:torch=" LLMKERN_TEXT(LLMKERN_TORCH) ";isa=" LLMKERN_TEXT(
+    LLMKERN_ISA) ";schemas=" LLMKERN_TEXT(LLMKERN_SCHEMAS) ";";
 
 std::map<std::string, std::string> build_info() {
   std::map<std::string, std::string> info;

@@ -1,6 +1,6 @@
-// Philox4x32-10 (Salmon et al., SC 2011), a register of counters at a time: random words that are a function of seed, row,
-// step and token alone. Token v takes word (v / 16) % 4 of counter 16 (v / 64) + v % 16, so that a register of counters
-// yields four registers of neighbouring tokens.
+// Philox4x32-10 (Salmon et al., SC 2011), a register of counters at a time: random words that are a function of seed,
+// row, step and token alone. Token v takes word (v / 16) % 4 of counter 16 (v / 64) + v % 16, so that a register of
+// counters yields four registers of neighbouring tokens.
 #pragma once
 
 #include "vec.h"
@@ -17,8 +17,8 @@ class Philox {
         row_(static_cast<uint32_t>(row)),
         step_{static_cast<uint32_t>(step), static_cast<uint32_t>(static_cast<uint64_t>(step) >> 32)} {}
 
-  // Words of the tokens [128 pair, 128 pair + 128), in their order. Two registers of counters go side by side, since the
-  // rounds of one wait for each other.
+  // Words of the tokens [128 pair, 128 pair + 128), in their order. Two registers of counters go side by side, since
+  // the rounds of one wait for each other.
   void pair_of_blocks(int64_t pair, uint32_t* out) const {
     constexpr int kChains = 2, kCounters = 2 * 16;
     for (int first = 0; first < kCounters; first += kChains * kLanes<float>) {

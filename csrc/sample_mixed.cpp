@@ -29,8 +29,8 @@ struct Race {
   }
 };
 
-// Lets the kept tokens of pairs of blocks [first, last) race. Most lose against u < -log(1 - u) alone, and pairs without a
-// token that could win even with the smallest u are not drawn at all.
+// Lets the kept tokens of pairs of blocks [first, last) race. Most lose against u < -log(1 - u) alone, and pairs
+// without a token that could win even with the smallest u are not drawn at all.
 constexpr int64_t kPair = 2 * kTokensPerBlock;
 
 template <typename A>
@@ -171,9 +171,8 @@ std::pair<int64_t, Acc<T>> sample_linear(const MixInputs<T>& in, const LinearRow
   using A = Acc<T>;
   A* z = scratch;
   c10::SmallVector<A, 128> tops(count_pieces(in.vocab));
-  for_pieces(in.vocab, kPiecesPerTask, [&](int64_t piece, int64_t begin, int64_t end) {
-    tops[piece] = mixture.mix(begin, end, z + begin);
-  });
+  for_pieces(in.vocab, kPiecesPerTask,
+             [&](int64_t piece, int64_t begin, int64_t end) { tops[piece] = mixture.mix(begin, end, z + begin); });
   const A best = *std::max_element(tops.begin(), tops.end());
   double mass, unit_mass;
   exponentials(z, in.vocab, best, static_cast<A>(filters.temperature), z, &mass, &unit_mass);
@@ -220,7 +219,8 @@ std::tuple<at::Tensor, at::Tensor> sample_mixed(at::TensorList logits, const at:
     const bool linear = in.divergence == Divergence::kReverseKl && exact;
     const auto* filter_data = reinterpret_cast<const Filters*>(filters.const_data_ptr<double>());
     const int64_t* draw_data = draws.const_data_ptr<int64_t>();
-    const bool all_greedy = std::all_of(filter_data, filter_data + rows, [](const Filters& f) { return f.temperature == 0; });
+    const bool all_greedy =
+        std::all_of(filter_data, filter_data + rows, [](const Filters& f) { return f.temperature == 0; });
     // A row of z or p, the two of a divergence, and three of the search for a cut.
     const int64_t width = padded(in.vocab) + kTokensPerBlock, slot_size = (linear && all_greedy ? 0 : 6) * width;
     const at::Tensor scratch = at::empty({scratch_slots(rows), slot_size}, c10::CppTypeToScalarType<A>::value);

@@ -1,8 +1,9 @@
-// The cut of top-k and top-p without a sort: the smallest set of largest values whose mass (or number) reaches a target.
+// The cut of top-k and top-p without a sort: the smallest set of largest values whose mass (or number) reaches a
+// target.
 //
-// A sorted sample of the candidates brackets the cut; one pass adds up what lies above the bracket and collects what lies
-// in it. The bracket is right almost always and leaves a fifth of the candidates; where it is wrong the candidates on the
-// right side of it remain. The last few hundred are sorted.
+// A sorted sample of the candidates brackets the cut; one pass adds up what lies above the bracket and collects what
+// lies in it. The bracket is right almost always and leaves a fifth of the candidates; where it is wrong the candidates
+// on the right side of it remain. The last few hundred are sorted.
 #pragma once
 
 #include <cmath>
@@ -19,8 +20,8 @@ struct Cut {
   int64_t last = std::numeric_limits<int64_t>::max();
 };
 
-// Sorts n <= 256 values upwards by counting for each how many are smaller: more comparisons than a sort makes, but sixteen
-// at a time and without a branch to mispredict.
+// Sorts n <= 256 values upwards by counting for each how many are smaller: more comparisons than a sort makes, but
+// sixteen at a time and without a branch to mispredict.
 constexpr int64_t kFew = 256;
 
 template <typename A>
@@ -42,7 +43,8 @@ void sort_few(A* values, int64_t n) {
   }
 }
 
-// Appends to `to` the entries of `from` in [low, high]; to has room for a register more. Adds up what is above and within.
+// Appends to `to` the entries of `from` in [low, high]; to has room for a register more. Adds up what is above and
+// within.
 template <typename A, bool kMass>
 inline int64_t collect(const A* from, int64_t n, A low, A high, A* to, double* above, double* within) {
   using V = Lanes<A>;

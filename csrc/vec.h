@@ -1,8 +1,8 @@
 // One register of numbers as a value: GCC's vector types, sized by the instruction set that this file is compiled for.
 //
-// Lanes<float> and Lanes<double> take + - * / < == and the ternary operator lane by lane. Storage types (half, bfloat16)
-// widen on load and round to nearest even on store. Loops run over full registers and end with one partial register, so
-// that body and tail share their text:
+// Lanes<float> and Lanes<double> take + - * / < == and the ternary operator lane by lane. Storage types (half,
+// bfloat16) widen on load and round to nearest even on store. Loops run over full registers and end with one partial
+// register, so that body and tail share their text:
 //
 //   for_lanes<float>(0, n, [&](int64_t i, auto lanes) { store(y + i, a * load(x + i, lanes), lanes); });
 #pragma once

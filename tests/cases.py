@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from oracle import FACTOR
 from torch import Tensor
 
 import llmkern
 from llmkern.ops.mix_logits.arguments import check_mix_arguments
 from llmkern.ops.mix_logits.reference import mix_logits_reference
-from oracle import FACTOR
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,7 @@ CASES = [
     mix_case("reverse_kl-reference", weights=LESS, reference=True, divergence="reverse_kl"),
     mix_case("reverse_kl-signed", weights=SIGNED, reference=True, carry=True, divergence="reverse_kl"),
     mix_case("reverse_kl-zero_weight", weights=ZERO, divergence="reverse_kl"),
-    mix_case(
-        "reverse_kl-zero", weights=LESS, reference=True, carry=True, divergence="reverse_kl", normalizer="zero"
-    ),
+    mix_case("reverse_kl-zero", weights=LESS, reference=True, carry=True, divergence="reverse_kl", normalizer="zero"),
     mix_case("forward_kl", weights=WEIGHTS, divergence="forward_kl", **SEARCHED),
     mix_case("forward_kl-signed", weights=SIGNED, divergence="forward_kl", **SEARCHED),
     mix_case("forward_kl-zero", weights=WEIGHTS, carry=True, divergence="forward_kl", normalizer="zero", **SEARCHED),

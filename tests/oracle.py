@@ -4,8 +4,8 @@ truth = the reference in float64, base = the reference in the tested dtype; ours
 
     max|ours - truth|  <=  factor max|base - truth| + 4 eps(dtype) max|truth|
 
-with factor 2, or what a case asks for and explains. One evaluation may be right by luck, so base is the worse of two: of
-the inputs as they are, and of inputs moved to a neighbour. In float64 the first would be the truth itself; there the
+with factor 2, or what a case asks for and explains. One evaluation may be right by luck, so base is the worse of two:
+of the inputs as they are, and of inputs moved to a neighbour. In float64 the first would be the truth itself; there the
 second moves the inputs by 256 units in the last place (5.7e-14), since rounding that all tokens share, as in a sum over
 the vocabulary, does more than rounding of each on its own.
 """

@@ -273,7 +273,9 @@ def test_hidden_states_mix_before_the_head(device: str) -> None:
     after = llmkern.mix_logits([h @ head.t() + bias for h in hidden], weights)
     assert (before - after).abs().max() <= ROUNDING * after.abs().max()
     upstream = torch.randn_like(after)
-    for ours, theirs in zip(torch.autograd.grad(before, leaves, upstream), torch.autograd.grad(after, leaves, upstream)):
+    for ours, theirs in zip(
+        torch.autograd.grad(before, leaves, upstream), torch.autograd.grad(after, leaves, upstream)
+    ):
         assert (ours - theirs).abs().max() <= 10 * ROUNDING * theirs.abs().max()
     spoiled = torch.full_like(hidden[0], math.nan)
     kept = llmkern.mix_hidden_states([hidden[0], spoiled], head, [1.0, 0.0])

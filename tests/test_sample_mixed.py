@@ -32,7 +32,12 @@ EACH_FILTER = pytest.mark.parametrize("filters", FILTERS.values(), ids=FILTERS.k
 
 
 def as_rows(filters: dict[str, float], rows: int, device: str) -> Tensor:
-    values = [filters.get("temperature", 1.0), filters.get("top_k", 0), filters.get("top_p", 1.0), filters.get("min_p", 0)]
+    values = [
+        filters.get("temperature", 1.0),
+        filters.get("top_k", 0),
+        filters.get("top_p", 1.0),
+        filters.get("min_p", 0),
+    ]
     return torch.tensor([values] * rows, dtype=torch.float64, device=device)
 
 
@@ -63,18 +68,27 @@ def hugging_face_kept(z: Tensor, filters: dict[str, float]) -> Tensor:
 
 
 @pytest.mark.parametrize("filters", [f for name, f in FILTERS.items() if name != "greedy"])
-@pytest.mark.parametrize("vocabulary", [1, 5, 64, 1000, 40_000])
+@pytest.mark.parametrize("vocabulary", [1, 5, 1000, 40_000])
 def test_reference_keeps_what_hugging_face_keeps(filters, vocabulary: int, device: str) -> None:
     z = (2 * torch.randn(4, vocabulary, dtype=torch.float64, device=device)).log_softmax(-1)
     assert torch.equal(kept_tokens(z, as_rows(filters, 4, device)), hugging_face_kept(z, filters))
 
 
 @EACH_FILTER
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("vocabulary", [1, 63, 65, 300, 5000, 70_001])
+@pytest.mark.parametrize(
+    ("dtype", "vocabulary"),
+    [
+        *(
+            (dtype, size)
+            for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+            for size in (1, 65, 3001)
+        ),
+        (torch.bfloat16, 50_001),
+    ],
+)
 def test_draws_what_the_reference_draws(filters, dtype, vocabulary: int, device: str) -> None:
-    logits = logits_of(5, vocabulary, device, dtype)
-    for step in range(3):
+    logits = logits_of(4, vocabulary, device, dtype)
+    for step in range(2):
         tokens, log_probs = llmkern.sample_mixed(logits, [0.7, 0.3], seed=11, step=step, **filters)
         expected, expected_log_probs = by_reference(logits, [0.7, 0.3], filters, 11, step)
         assert torch.equal(tokens, expected)
@@ -91,7 +105,13 @@ def test_other_divergences_draw_what_the_reference_draws(filters, divergence, al
     *logits, weights, reference, carry = make_mix(
         4, 700, torch.float64, device, weights=(0.5, 0.2, 0.3), reference=True, carry=True
     )
-    options = {"reference": reference, "carry": carry, "divergence": divergence, "alpha": alpha, "normalizer": normalizer}
+    options = {
+        "reference": reference,
+        "carry": carry,
+        "divergence": divergence,
+        "alpha": alpha,
+        "normalizer": normalizer,
+    }
     tokens, log_probs = llmkern.sample_mixed(logits, weights, seed=3, **filters, **options)
     expected, _ = by_reference(logits, weights, filters, 3, 0, **options)
     assert torch.equal(tokens, expected)
@@ -101,8 +121,8 @@ def test_other_divergences_draw_what_the_reference_draws(filters, divergence, al
 
 @EACH_FILTER
 def test_distribution(filters, device: str) -> None:
-    """Chi-square of 20 000 draws against the filtered distribution; the seed is fixed, so it passes or fails for good."""
-    draws, logits = 20_000, logits_of(1, 60, device, torch.float32)
+    """Chi-square of 10 000 draws against the filtered distribution; with a fixed seed it passes or fails for good."""
+    draws, logits = 10_000, logits_of(1, 60, device, torch.float32)
     many = [row.expand(draws, -1) for row in logits]
     tokens, _ = llmkern.sample_mixed(many, [0.5, 0.5], seed=5, **filters)
     z = llmkern.mix_logits([row.double() for row in logits], [0.5, 0.5])
@@ -115,7 +135,10 @@ def test_distribution(filters, device: str) -> None:
     assert not counts[~kept[0].cpu()].any()
     # Cells of fewer than five expected draws are too small for the test: they go together.
     small = (expected * draws < 5) & (expected > 0)
-    cells = [*(expected[(expected > 0) & ~small] * draws).tolist(), *([float(expected[small].sum() * draws)] * bool(small.any()))]
+    cells = [
+        *(expected[(expected > 0) & ~small] * draws).tolist(),
+        *([float(expected[small].sum() * draws)] * bool(small.any())),
+    ]
     seen = [*counts[(expected > 0) & ~small].tolist(), *([int(counts[small].sum())] * bool(small.any()))]
     if len(cells) > 1:
         assert chisquare(seen, cells).pvalue > 1e-3
@@ -127,11 +150,11 @@ def test_ties_go_to_the_lowest_id(device: str) -> None:
     level[0, 77:90] = 3.0
     assert llmkern.sample_mixed([level], [1.0], temperature=0.0, seed=0)[0].item() == 77
     # Of 4000 equal tokens top-p 0.01 keeps the first forty.
-    same = torch.zeros(1, 4000, device=device).expand(3000, -1)
+    same = torch.zeros(1, 4000, device=device).expand(500, -1)
     tokens, _ = llmkern.sample_mixed([same], [1.0], top_p=0.01, seed=1)
     assert set(tokens.tolist()) == set(range(40))
     # Of top-k's ties all are kept, as by Hugging Face.
-    tokens, _ = llmkern.sample_mixed([level.expand(3000, -1)], [1.0], top_k=3, seed=1)
+    tokens, _ = llmkern.sample_mixed([level.expand(500, -1)], [1.0], top_k=3, seed=1)
     assert set(tokens.tolist()) == set(range(77, 90))
 
 
@@ -167,9 +190,9 @@ def test_a_request_draws_the_same_in_any_batch(device: str) -> None:
 
 
 def test_seed_step_and_row_change_the_draw(device: str) -> None:
-    logits = [torch.zeros(200, 5000, device=device)]
+    logits = [torch.zeros(100, 5000, device=device)]
     base, _ = llmkern.sample_mixed(logits, [1.0], seed=1)
-    assert base.unique().numel() > 150
+    assert base.unique().numel() > 75
     for other in ({"seed": 2}, {"seed": 1, "step": 1}, {"seed": 1 + 2**40}, {"seed": 1, "step": 2**40}, {"seed": -1}):
         assert (llmkern.sample_mixed(logits, [1.0], **other)[0] == base).sum() < 5
     assert torch.equal(llmkern.sample_mixed(logits, [1.0], seed=1)[0], base)
@@ -191,9 +214,9 @@ def test_float32_and_its_copy_in_float64_draw_alike(device: str) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 7])
-@EACH_FILTER
+@pytest.mark.parametrize("filters", [FILTERS["greedy"], FILTERS["all"], FILTERS["top_p"]])
 def test_thread_count_changes_nothing(filters, rows: int) -> None:
-    logits = logits_of(rows, 60_000, "cpu", torch.float32)
+    logits = logits_of(rows, 40_000, "cpu", torch.float32)
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):

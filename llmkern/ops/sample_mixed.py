@@ -7,8 +7,8 @@ Reference of the draw, per row with z = mix_logits(...) and p_v = exp((z_v - max
            min-p   p_v >= min_p * max p
     draw   argmin over the kept tokens of E_v / p_v,  E_v = -log(1 - u_v),  u_v uniform from (seed, row, step, v)
 
-The smallest of exponential variables with rates p_v is v with probability p_v / sum p (a race), so no normaliser, no sort
-and no cumulative sum is needed, and a row's tokens do not depend on the rows around it.
+The smallest of exponential variables with rates p_v is v with probability p_v / sum p (a race), so no normaliser, no
+sort and no cumulative sum is needed, and a row's tokens do not depend on the rows around it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llmkern._library import bad_type, bad_value, define_op
 from llmkern.ops.mix_logits.arguments import check_mix_arguments
-from llmkern.ops.mix_logits.reference import compute_dtype, mix_logits_reference, refuse_bad_rows
+from llmkern.ops.mix_logits.reference import compute_dtype, mix_logits_reference
 
 PHILOX_ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -91,9 +91,7 @@ def sample_mixed_reference(
     """Tokens (B,) int64 and their mixed log-probs (B,) in fp32 (float64)."""
     dtype = compute_dtype(logits[0].dtype)
     upcast_ref = None if reference is None else reference.to(dtype)
-    z = mix_logits_reference(
-        [row.to(dtype) for row in logits], weights, upcast_ref, carry, divergence, alpha, exact
-    )[0]
+    z = mix_logits_reference([row.to(dtype) for row in logits], weights, upcast_ref, carry, divergence, alpha, exact)[0]
     temperature = filters[:, :1].to(dtype)
     scaled = (z - z.amax(-1, keepdim=True)) / temperature.clamp(min=torch.finfo(dtype).tiny)
     times = -torch.log1p(-philox_uniform(draws, z.shape[-1])) / scaled.exp().double()
@@ -214,9 +212,7 @@ def _per_request(
     return given
 
 
-def _integers(
-    op: str, name: str, value: int | Sequence[int] | Tensor, rows: int, device: torch.device
-) -> Tensor:
+def _integers(op: str, name: str, value: int | Sequence[int] | Tensor, rows: int, device: torch.device) -> Tensor:
     if isinstance(value, int):
         if not -(2**63) <= value < 2**63:
             raise bad_value(op, f"{name} within 64 bits", value)

@@ -52,7 +52,9 @@ def check_mix_arguments(
     for name, row in named:
         if row.dim() != 2 or row.shape[0] != first.shape[0]:
             rows = first.shape[0] if first.dim() else "B"
-            raise bad_value(op, f"{name} of shape ({rows}, V)", tuple(row.shape), "flatten leading dimensions into rows")
+            raise bad_value(
+                op, f"{name} of shape ({rows}, V)", tuple(row.shape), "flatten leading dimensions into rows"
+            )
         if row.dtype != first.dtype or row.dtype not in DTYPES:
             raise bad_type(op, f"{name} of one dtype among float32, float16, bfloat16, float64", row.dtype, "cast it")
         if row.device != first.device:
@@ -92,7 +94,12 @@ def check_mix_arguments(
 
 
 def _per_model(
-    op: str, name: str, value: Tensor | Sequence[float], shape: tuple[int, int], device: torch.device, dtype: torch.dtype
+    op: str,
+    name: str,
+    value: Tensor | Sequence[float],
+    shape: tuple[int, int],
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Tensor:
     if not isinstance(value, Tensor):
         value = torch.tensor(value, dtype=dtype, device=device)

@@ -61,7 +61,12 @@ class _MixLogits(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         stats, weights, reference, carry, *logits = ctx.saved_tensors
-        need_weights, need_reference, need_carry, *_, = ctx.needs_input_grad
+        (
+            need_weights,
+            need_reference,
+            need_carry,
+            *_,
+        ) = ctx.needs_input_grad
         needs = [*ctx.needs_input_grad[6:], need_weights, need_reference, need_carry]
         grads = torch.ops.llmkern.mix_logits_bwd(
             dy, stats, logits, weights, reference, carry, ctx.divergence, ctx.alpha, ctx.exact, needs
@@ -110,8 +115,8 @@ def mix_logits(
         carry: (B, M), added to the log-probabilities of each model: log pi_i(prefix), or log pi_i(prefix) / ref(prefix)
             where a reference is given. With it the mix is that of whole prefixes, without it that of next tokens. No
             effect on exact ``reverse_kl``.
-        normalizer: ``"exact"`` finds Z for each row, so that the result is a distribution. ``"zero"`` sets Z = 0, as the
-            paper's released code does: a score in closed form, in general not normalised.
+        normalizer: ``"exact"`` finds Z for each row, so that the result is a distribution. ``"zero"`` sets Z = 0, as
+            the paper's released code does: a score in closed form, in general not normalised.
 
     Returns:
         (B, V) in the dtype of the logits. -inf where a model of positive weight gives -inf, and, for ``zero``, where a

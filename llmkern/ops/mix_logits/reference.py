@@ -1,7 +1,7 @@
 """Plain torch reference of the logit mixture, forward and backward.
 
-Notation, per row: a_i = log pi_i (+ carry_i), r = log ref, x_i = exp(a_i - r), W = sum_i w_i. The optimum of the weighted
-reward under a divergence with generator f is
+Notation, per row: a_i = log pi_i (+ carry_i), r = log ref, x_i = exp(a_i - r), W = sum_i w_i. The optimum of the
+weighted reward under a divergence with generator f is
 
     log mix = r + log (f')^{-1}( s - Z ),      s = sum_i w_i f'(x_i),      Z such that sum_v mix = 1.
 
@@ -16,8 +16,8 @@ exp(b) y^(-1/alpha) where y = h + d e is linear in the one unknown d > 0 and h, 
     alpha, forward KL   b = r - log|g| / alpha     e = |g0 / g|     h = sign(g) - sign(g0) e     c = -g0 + |g0| d
     JSD                 b = r + u - max u          e = 1            h = 1 - exp(u - max u)       e^Z = e^(max u) (1 + d)
 
-F(d) = sum exp(b) y^(-1/alpha) falls in d, and F^-alpha is concave, so Newton's method on F^-alpha = 1 climbs to the root
-without overshoot from any d with F(d) >= 1; the largest root of a single term is such a point.
+F(d) = sum exp(b) y^(-1/alpha) falls in d, and F^-alpha is concave, so Newton's method on F^-alpha = 1 climbs to the
+root without overshoot from any d with F(d) >= 1; the largest root of a single term is such a point.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def mix_logits_reference(
     return log_mix.to(logits[0].dtype), stats.detach()
 
 
-def _rows(logits: Sequence[Tensor], weights: Tensor, reference: Tensor | None, carry: Tensor | None, normalize: bool):
+def _rows(
+    logits: Sequence[Tensor], weights: Tensor, reference: Tensor | None, carry: Tensor | None, normalize: bool
+) -> Rows:
     dtype = compute_dtype(logits[0].dtype)
     values = torch.stack([row.to(dtype) for row in logits])
     r = values.new_full((), -math.log(values.shape[-1])) if reference is None else reference.to(dtype)
@@ -118,7 +120,7 @@ def _mix_reverse_kl(rows: Rows, exact: bool) -> tuple[Tensor, list[Tensor]]:
 
 
 def _mix_power(rows: Rows, divergence: str, alpha: float, exact: bool) -> tuple[Tensor, list[Tensor]]:
-    """Alpha divergence, and forward KL as its case alpha = 1 (which differs in the constant 1 - W of the Z = 0 form)."""
+    """Alpha divergence, and forward KL as its case alpha = 1 (whose Z = 0 form lacks the constant 1 - W)."""
     dead = rows.dead | (rows.r == -math.inf)
     a, r = rows.a.masked_fill(dead, 0), rows.r.masked_fill(dead, 0)
     # The top is taken over models of weight; one without, which counts only through its gradient, may lie above it.
@@ -237,20 +239,24 @@ def mix_logits_backward_reference(
     hk = (g * k).masked_fill(absent, 0)
     mass = hk.sum(-1, keepdim=True)
     out = [
-        (w * (hk_i - row.softmax(-1) * mass_i)).to(row.dtype)
+        w * (hk_i - row.softmax(-1) * mass_i)
         for w, hk_i, mass_i, row in zip(rows.weights, hk, mass, upcast)
     ]
     dr = g * (1 - (rows.weights * k.masked_fill(absent, 0)).sum(0))
     if divergence == "reverse_kl":
         dr = g * reference_weight(rows.weights[..., 0].t()).unsqueeze(-1)
     grads = [
-        *(grad.to(logits[0].dtype) for grad in out),
-        (g * t).masked_fill(absent, 0).sum(-1).t().to(weights.dtype),
-        None if upcast_ref is None else (dr - upcast_ref.softmax(-1) * dr.sum(-1, keepdim=True)).to(reference.dtype),
-        None if carry is None else (rows.weights * mass).squeeze(-1).t().to(carry.dtype),
+        *out,
+        (g * t).masked_fill(absent, 0).sum(-1).t(),
+        None if upcast_ref is None else dr - upcast_ref.softmax(-1) * dr.sum(-1, keepdim=True),
+        None if carry is None else (rows.weights * mass).squeeze(-1).t(),
     ]
     assert len(grads) == m + 3 == len(needs)
-    return [grad.contiguous() if need else dy.new_empty(0) for grad, need in zip(grads, needs)]
+    likes = [*logits, weights, reference, carry]
+    return [
+        grad.to(like.dtype).contiguous() if need and grad is not None and like is not None else dy.new_empty(0)
+        for grad, like, need in zip(grads, likes, needs)
+    ]
 
 
 def refuse_bad_rows(log_mix: Tensor) -> None:
