@@ -175,6 +175,9 @@ def mix_bwd_mass_kernel(
         )
         h = g - taken * tl.where(live, tl.exp(y), 0.0)
         finite_r = tl.where(r == -INF, 0.0, r)
+        if DIVERGENCE == "reverse_kl" and EXACT and not HAS_REFERENCE:
+            # Logits less the log-probabilities of a reference that is uniform: a constant of the row, which cancels.
+            finite_r = tl.zeros_like(r)
         new_masses = ()
         new_slopes = ()
         weighted = tl.zeros((BLOCK,), COMPUTE)
