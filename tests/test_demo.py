@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-pytest.importorskip("rich")
 from llmkern.__main__ import main
 from llmkern.demo import base
 from llmkern.demo.cache import Cache, resumable_steps

@@ -166,7 +166,6 @@ def test_same_seed_same_network():
 
 
 def test_command_writes_table_csv_and_plot(tmp_path, capsys):
-    pytest.importorskip("rich")
     assert main(["reproduce", "mod", "--seeds", "1", "--steps", "2", "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert "7776 sequences" in out

@@ -13,6 +13,7 @@ def findings(context: Context, rows: list[Row], averaging: tuple[float, bool], s
     sentences = [
         _compare(rows, MERGE, [*inner, *OUTER]),
         _compare(rows, PROBABILITIES, inner),
+        _raw_rewards(rows),
         _symmetry(rows),
         _averaging(averaging),
     ]
@@ -38,6 +39,18 @@ def _compare(rows: list[Row], other: str, weights: list[tuple[float, float]]) ->
     )
 
 
+def _raw_rewards(rows: list[Row]) -> str:
+    half, parts = (0.5, 0.5), []
+    for method in (MOD, MERGE, PROBABILITIES):
+        row = find(rows, method, half)
+        assert row is not None
+        parts.append(f"{method} {row.weighted.mean().item():+.2f} at {row.kl.mean().item():.2f} nats")
+    return (
+        f"Weighted reward alone, at {weights_text(half)}: {'; '.join(parts)}. It favours whoever goes further from the "
+        "base, which is why J is compared."
+    )
+
+
 def _symmetry(rows: list[Row]) -> str:
     half = (0.5, 0.5)
     turned = next(row for row in rows if row.method.startswith(MERGE) and row.method != MERGE)
@@ -45,7 +58,7 @@ def _symmetry(rows: list[Row]) -> str:
     assert plain is not None
     return (
         "Writing policy 2 in other coordinates (MLP units permuted and sign-flipped, queries and keys negated) leaves "
-        f"its outputs and so MOD as they are; J of merging at 0.5, 0.5 goes from {Estimate.of(plain.objective)} to "
+        f"its outputs and so MOD as they are; J of merging at .5, .5 goes from {Estimate.of(plain.objective)} to "
         f"{Estimate.of(turned.objective)}. Merging needs policies that share a start; MOD needs a shared tokenizer."
     )
 
