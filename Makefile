@@ -37,7 +37,8 @@ test: $(VENV)/built-all
 	if ! ls llmkern/_cpu_*.so >/dev/null 2>&1; then isas=off; fi; \
 	set -- $$isas; best=$$1; shift; \
 	if [ -n '$(KERNEL_TESTS)' ] && [ $$best != off ]; then for isa in "$$@" off; do \
-	    echo "The kernel tests on LLMKERN_CPU=$$isa:"; LLMKERN_CPU=$$isa $(BIN)/pytest -q $(KERNEL_TESTS) $(ARGS); \
+	    echo "The kernel tests on LLMKERN_CPU=$$isa:"; marks=; if [ $$isa = off ]; then marks='not kernel'; fi; \
+	    LLMKERN_CPU=$$isa $(BIN)/pytest -q -m "$$marks" $(KERNEL_TESTS) $(ARGS); \
 	done; fi; \
 	echo "The whole suite on LLMKERN_CPU=$$best:"; LLMKERN_CPU=$$best $(BIN)/pytest -q $(ARGS)
 

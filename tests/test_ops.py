@@ -78,6 +78,7 @@ def test_inputs_stay_as_they_are(case: Case, device: str) -> None:
 
 
 @EACH_CASE
+@pytest.mark.kernel
 @pytest.mark.parametrize(("rows", "width"), [(1, 20_000), (8, 5000)])
 def test_thread_count_changes_no_bit(case: Case, rows: int, width: int) -> None:
     tensors = [None if t is None else t.requires_grad_() for t in case.make(rows, width, torch.float32, "cpu")]
@@ -96,6 +97,7 @@ def test_thread_count_changes_no_bit(case: Case, rows: int, width: int) -> None:
 
 
 @EACH_CASE
+@pytest.mark.kernel
 def test_layout_of_inputs_changes_no_bit(case: Case, device: str) -> None:
     tensors = case.make(4, 300, torch.float32, device)
     expected = case.function(*tensors)

@@ -213,6 +213,7 @@ def test_float32_and_its_copy_in_float64_draw_alike(device: str) -> None:
     assert torch.equal(single, double)
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("rows", [1, 7])
 @pytest.mark.parametrize("filters", [FILTERS["greedy"], FILTERS["all"], FILTERS["top_p"]])
 def test_thread_count_changes_nothing(filters, rows: int) -> None:

@@ -237,7 +237,8 @@ def mix_logits_backward_reference(
         p = y.exp().masked_fill(dead, 0)
         g = g - (p / (p * d).sum(-1, keepdim=True)) * (g * d).sum(-1, keepdim=True)
     hk = (g * k).masked_fill(absent, 0)
-    mass = hk.sum(-1, keepdim=True)
+    # Exact reverse KL has no slope along a constant of a row.
+    mass = torch.zeros_like(hk[..., :1]) if linear else hk.sum(-1, keepdim=True)
     out = [
         w * (hk_i - row.softmax(-1) * mass_i)
         for w, hk_i, mass_i, row in zip(rows.weights, hk, mass, upcast)
