@@ -1,6 +1,7 @@
 """``llmkern demo``: trains a small model on real text, runs each operation on it, and writes report/index.html.
 
-Every operation has a section: a module with a TITLE and run(context) -> Section. Corpus, tokenizer and base model are
+Every operation has a section: a module with a TITLE and run(context) -> Section, which prints its table as soon as it
+has it. Corpus, tokenizer and base model are
 shared by all (llmkern.demo.base).
 """
 
@@ -76,7 +77,6 @@ def _run(arguments: argparse.Namespace) -> int:
         module = importlib.import_module(name)
         console.rule(module.TITLE)
         section = module.run(context)
-        console.print(section.table)
         for sentence in section.sentences:
             console.print(sentence, highlight=False, markup=False)
         sections.append(section)

@@ -17,7 +17,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
-from rich.table import Table
 
 from llmkern import __version__, _library
 from llmkern.demo.base import Context
@@ -71,10 +70,9 @@ code { font: .88em ui-monospace, "DejaVu Sans Mono", monospace; }
 
 @dataclass
 class Section:
-    """One operation: the table and sentences for the terminal, and its part of the page."""
+    """One operation: what it shows, in sentences for the terminal, and its part of the page."""
 
     title: str
-    table: Table
     sentences: list[str]
     body: str
 

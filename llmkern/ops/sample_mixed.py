@@ -165,18 +165,16 @@ def sample_mixed(
     op = "sample_mixed"
     args = check_mix_arguments(op, logits, weights, reference, divergence, alpha, normalizer, carry)
     rows, device = args.logits[0].shape[0], args.logits[0].device
-    filters = torch.stack(
-        [
-            _per_request(op, "temperature", temperature, rows, device, "of at least 0", low=0.0),
-            _per_request(op, "top_k", top_k, rows, device, "of at least 0 (0 is off)", low=0.0, whole=True),
-            _per_request(op, "top_p", top_p, rows, device, "in (0, 1]", low=0.0, high=1.0, open_low=True),
-            _per_request(op, "min_p", min_p, rows, device, "in [0, 1]", low=0.0, high=1.0),
-        ],
-        dim=-1,
-    )
+    values = [
+        _per_request(op, "temperature", temperature, rows, device, "of at least 0", low=0.0),
+        _per_request(op, "top_k", top_k, rows, device, "of at least 0 (0 is off)", low=0.0, whole=True),
+        _per_request(op, "top_p", top_p, rows, device, "in (0, 1]", low=0.0, high=1.0, open_low=True),
+        _per_request(op, "min_p", min_p, rows, device, "in [0, 1]", low=0.0, high=1.0),
+    ]
+    filters = _columns(values, rows, torch.float64, device)
     seeds = _integers(op, "seed", seed, rows, device)
-    row_ids = torch.arange(rows, device=device) if isinstance(seed, int) else torch.zeros_like(seeds)
-    draws = torch.stack([seeds, row_ids, _integers(op, "step", step, rows, device)], dim=-1)
+    row_ids = torch.arange(rows, device=device) if isinstance(seed, int) else 0
+    draws = _columns([seeds, row_ids, _integers(op, "step", step, rows, device)], rows, torch.int64, device)
     return torch.ops.llmkern.sample_mixed(*args, filters, draws)
 
 
@@ -192,12 +190,12 @@ def _per_request(
     high: float = math.inf,
     open_low: bool = False,
     whole: bool = False,
-) -> Tensor:
+) -> float | Tensor:
     if isinstance(value, int | float):
         # NaN fails every comparison, so it is refused here too.
         if not (low < value if open_low else low <= value) or not value <= high or (whole and value != int(value)):
             raise bad_value(op, f"{name} {expected}", value)
-        return torch.full((rows,), float(value), dtype=torch.float64, device=device)
+        return float(value)
     given = torch.as_tensor(value, device=device).to(torch.float64)
     if given.shape != (rows,):
         raise bad_value(op, f"{name} as one number or of shape ({rows},)", tuple(given.shape))
@@ -212,14 +210,27 @@ def _per_request(
     return given
 
 
-def _integers(op: str, name: str, value: int | Sequence[int] | Tensor, rows: int, device: torch.device) -> Tensor:
+def _integers(op: str, name: str, value: int | Sequence[int] | Tensor, rows: int, device: torch.device) -> int | Tensor:
     if isinstance(value, int):
         if not -(2**63) <= value < 2**63:
             raise bad_value(op, f"{name} within 64 bits", value)
-        return torch.full((rows,), value, dtype=torch.int64, device=device)
+        return value
     given = torch.as_tensor(value, device=device)
     if given.dtype.is_floating_point or given.dtype.is_complex or given.dtype == torch.bool:
         raise bad_type(op, f"{name} of an integer dtype", given.dtype)
     if given.shape != (rows,):
         raise bad_value(op, f"{name} as one integer or of shape ({rows},)", tuple(given.shape))
     return given.to(torch.int64)
+
+
+def _columns(values: Sequence[float | Tensor], rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(rows, len(values)) of numbers that hold for all rows and of tensors (rows,)."""
+    if not any(isinstance(value, Tensor) for value in values):
+        return torch.tensor([values], dtype=dtype, device=device).expand(rows, -1)
+    return torch.stack(
+        [
+            value if isinstance(value, Tensor) else torch.full((rows,), value, dtype=dtype, device=device)
+            for value in values
+        ],
+        dim=-1,
+    )

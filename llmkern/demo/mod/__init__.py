@@ -21,13 +21,14 @@ TITLE = "Multi-objective decoding: mixing the logits of two policies"
 def run(context: Context) -> Section:
     policies, scale, key = load_policies(context)
     rows = evaluate_all(context, policies, scale, key)
+    context.console.print(_table(rows))
     averaging = logit_averaging_difference(context, policies)
     samples = draw_samples(context, policies)
     speed = measure_speed(context, policies)
     sentences = findings(context, rows, averaging, speed)
     histories = page.histories(context, key)
     body = page.body(context, rows, scale, samples, speed, sentences, histories)
-    return Section(TITLE, _table(rows), sentences, body)
+    return Section(TITLE, sentences, body)
 
 
 def _table(rows: list[Row]) -> Table:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -44,25 +45,25 @@ def check_mix_arguments(
     if len(logits) == 0:
         raise bad_value(op, "logits of at least one model", "none", "pass a list of (B, V) tensors")
     first = logits[0]
-    vocabulary = first.shape[-1] if first.dim() else 0
     models = len(logits)
-    named = [*((f"logits[{i}]", row) for i, row in enumerate(logits))]
+    # One comparison a model in the common case: at a batch of one these lines cost as much as the kernel.
+    rows = first.shape[0] if first.dim() == 2 else -1
+    dtype, device = first.dtype, first.device
+    sizes = []
+    for index, row in enumerate(logits):
+        if row.dim() != 2 or row.shape[0] != rows or row.dtype != dtype or row.device != device:
+            _refuse_row(op, f"logits[{index}]", row, first)
+        sizes.append(row.shape[1])
     if reference is not None:
-        named.append(("reference", reference))
-    for name, row in named:
-        if row.dim() != 2 or row.shape[0] != first.shape[0]:
-            rows = first.shape[0] if first.dim() else "B"
-            raise bad_value(
-                op, f"{name} of shape ({rows}, V)", tuple(row.shape), "flatten leading dimensions into rows"
-            )
-        if row.dtype != first.dtype or row.dtype not in DTYPES:
-            raise bad_type(op, f"{name} of one dtype among float32, float16, bfloat16, float64", row.dtype, "cast it")
-        if row.device != first.device:
-            raise bad_value(op, f"{name} on the device of logits[0], {first.device}", row.device, "move it there")
-        vocabulary = min(vocabulary, row.shape[1])
+        if reference.dim() != 2 or reference.shape[0] != rows or reference.dtype != dtype or reference.device != device:
+            _refuse_row(op, "reference", reference, first)
+        sizes.append(reference.shape[1])
+    if dtype not in DTYPES:
+        _refuse_row(op, "logits[0]", first, first)
+    vocabulary = min(sizes)
     if vocabulary == 0:
         raise bad_value(op, "a vocabulary of at least one token", 0)
-    if any(row.shape[1] != vocabulary for _, row in named):
+    if max(sizes) != vocabulary:
         logits = [row[:, :vocabulary] for row in logits]
         reference = None if reference is None else reference[:, :vocabulary]
 
@@ -80,17 +81,26 @@ def check_mix_arguments(
             op, f"reference with divergence={divergence!r}, normalizer={normalizer!r}", "none", "pass its logits (B, V)"
         )
 
-    shape = (first.shape[0], models)
-    accumulate = torch.float64 if first.dtype == torch.float64 else torch.float32
+    shape = (rows, models)
+    accumulate = torch.float64 if dtype == torch.float64 else torch.float32
     return MixArguments(
         tuple(logits),
-        _per_model(op, "weights", weights, shape, first.device, accumulate),
+        _per_model(op, "weights", weights, shape, device, accumulate),
         reference,
-        None if carry is None else _carry(op, carry, shape, first.device, accumulate, divergence, alpha, normalizer),
+        None if carry is None else _carry(op, carry, shape, device, accumulate, divergence, alpha, normalizer),
         divergence,
         1.0 if alpha is None else float(alpha),
         normalizer == "exact",
     )
+
+
+def _refuse_row(op: str, name: str, row: Tensor, first: Tensor) -> NoReturn:
+    if row.dim() != 2 or first.dim() != 2 or row.shape[0] != first.shape[0]:
+        rows = first.shape[0] if first.dim() else "B"
+        raise bad_value(op, f"{name} of shape ({rows}, V)", tuple(row.shape), "flatten leading dimensions into rows")
+    if row.dtype != first.dtype or row.dtype not in DTYPES:
+        raise bad_type(op, f"{name} of one dtype among float32, float16, bfloat16, float64", row.dtype, "cast it")
+    raise bad_value(op, f"{name} on the device of logits[0], {first.device}", row.device, "move it there")
 
 
 def _per_model(
@@ -111,7 +121,7 @@ def _per_model(
     if value.device != device:
         raise bad_value(op, f"{name} on the device of the logits, {device}", value.device, "move it there")
     _refuse_nonfinite(op, name, value)
-    return value.to(dtype).expand(shape)
+    return (value if value.dtype == dtype else value.to(dtype)).expand(shape)
 
 
 def _carry(
@@ -143,5 +153,5 @@ def _refuse_nonfinite(op: str, name: str, value: Tensor) -> None:
         return
     if value.device.type != "cpu":
         torch._assert_async(torch.isfinite(value).all())
-    elif not bool(torch.isfinite(value).all()):
+    elif not math.isfinite(value.detach().sum()) and not bool(torch.isfinite(value).all()):
         raise bad_value(op, f"finite {name}", "NaN or infinity", "a model to leave out has weight 0")

@@ -239,10 +239,7 @@ def mix_logits_backward_reference(
     hk = (g * k).masked_fill(absent, 0)
     # Exact reverse KL has no slope along a constant of a row.
     mass = torch.zeros_like(hk[..., :1]) if linear else hk.sum(-1, keepdim=True)
-    out = [
-        w * (hk_i - row.softmax(-1) * mass_i)
-        for w, hk_i, mass_i, row in zip(rows.weights, hk, mass, upcast)
-    ]
+    out = [w * (hk_i - row.softmax(-1) * mass_i) for w, hk_i, mass_i, row in zip(rows.weights, hk, mass, upcast)]
     dr = g * (1 - (rows.weights * k.masked_fill(absent, 0)).sum(0))
     if divergence == "reverse_kl":
         dr = g * reference_weight(rows.weights[..., 0].t()).unsqueeze(-1)
