@@ -247,3 +247,10 @@ def test_a_run_records_what_is_right_and_fails_for_what_is_wrong(tmp_path: Path)
     replayed = {one["params"]["provider"]: one["stats"]["median"] for one in stats}
     for provider, row in rows.items():
         assert math.isclose(replayed[provider], float(row["median"]), rel_tol=1e-3)
+
+
+def test_figures_of_the_readme_are_those_of_the_results() -> None:
+    _figures = importlib.import_module("_figures")
+    text = _figures.README.read_text()
+    assert _figures.with_figures(text) == text, "run: python bench/_figures.py"
+    assert len(_figures.table()) > 10
