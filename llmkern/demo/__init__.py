@@ -1,8 +1,7 @@
 """``llmkern demo``: trains a small model on real text, runs each operation on it, and writes report/index.html.
 
 Every operation has a section: a module with a TITLE and run(context) -> Section, which prints its table as soon as it
-has it. Corpus, tokenizer and base model are
-shared by all (llmkern.demo.base).
+has it. Corpus, tokenizer and base model are shared by all (llmkern.demo.base).
 """
 
 from __future__ import annotations
