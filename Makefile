@@ -31,16 +31,15 @@ help:
 demo: $(VENV)/built-native
 	$(BIN)/llmkern demo $(ARGS)
 
-# The whole suite comes last, so that its closing line closes the run.
+# The whole suite comes last, so that its closing line closes the run. References promise less than kernels, see the mark.
 test: $(VENV)/built-all
 	@set -e; isas=$$(LLMKERN_CPU=off $(BIN)/python -c '$(RUNNABLE)'); \
-	if ! ls llmkern/_cpu_*.so >/dev/null 2>&1; then isas=off; fi; \
-	set -- $$isas; best=$$1; shift; \
-	if [ -n '$(KERNEL_TESTS)' ] && [ $$best != off ]; then for isa in "$$@" off; do \
-	    echo "The kernel tests on LLMKERN_CPU=$$isa:"; marks=; if [ $$isa = off ]; then marks='not kernel'; fi; \
-	    LLMKERN_CPU=$$isa $(BIN)/pytest -q -m "$$marks" $(KERNEL_TESTS) $(ARGS); \
-	done; fi; \
-	echo "The whole suite on LLMKERN_CPU=$$best:"; LLMKERN_CPU=$$best $(BIN)/pytest -q $(ARGS)
+	if ! ls llmkern/_cpu_*.so >/dev/null 2>&1; then isas=; fi; \
+	suite() { isa=$$1; shift; marks=; if [ $$isa = off ]; then marks='not kernel'; fi; \
+	    LLMKERN_CPU=$$isa $(BIN)/pytest -q -m "$$marks" "$$@" $(ARGS); }; \
+	set -- $$isas off; best=$$1; shift; \
+	for isa in "$$@"; do echo "The kernel tests on LLMKERN_CPU=$$isa:"; suite $$isa $(KERNEL_TESTS); done; \
+	echo "The whole suite on LLMKERN_CPU=$$best:"; suite $$best
 
 bench: $(VENV)/built-native
 	$(BIN)/pytest bench $(ARGS)
