@@ -224,7 +224,7 @@ test_double = measure([case("right", lambda x: x + x), case("wrong", lambda x: x
 
 def test_a_run_records_what_is_right_and_fails_for_what_is_wrong(tmp_path: Path) -> None:
     folder = tmp_path / "bench"
-    shutil.copytree(BENCH, folder, ignore=shutil.ignore_patterns("__pycache__", "out", "[!_c]*.py"))
+    shutil.copytree(BENCH, folder, ignore=shutil.ignore_patterns("__pycache__", "out", "*.csv", "[!_c]*.py"))
     (folder / "toy.py").write_text(TOY)
     (tmp_path / "pytest.ini").write_text("[pytest]\npython_files = bench/[!_]*.py\n")
     result = subprocess.run(
