@@ -66,7 +66,10 @@ class Cache:
         os.replace(scratch, path)
 
     def remove(self, stage: str, key: str) -> None:
-        self.path(stage, key).unlink(missing_ok=True)
+        path = self.path(stage, key)
+        path.unlink(missing_ok=True)
+        # Left by a run that was killed while it stored.
+        path.with_suffix(".pt.new").unlink(missing_ok=True)
 
     def remember(self, stage: str, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         value = self.load(stage, key)
