@@ -13,7 +13,7 @@ CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3.10 python3.13 python3
 CHECK_PYTHON := import ensurepip, sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
 
 # Tests that run kernels; they run once for each module that this machine can run, and once for the references.
-KERNEL_TESTS := $(wildcard tests/test_ops.py tests/test_mix_logits.py tests/test_sample_mixed.py)
+KERNEL_TESTS := $(wildcard tests/test_ops.py $(patsubst csrc/%.cpp,tests/test_%.py,$(wildcard csrc/*.cpp)))
 RUNNABLE := from llmkern._library import supported_isas; print(*supported_isas())
 
 .PHONY: help demo test bench lint sanitize sanitize-address sanitize-thread gpu wheel clean install build

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from cases import make_mix
+from cases.mix_logits import make_mix
 from scipy.stats import chisquare
 from torch import Tensor
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper

@@ -1,10 +1,8 @@
-"""What the generic suite runs: each operation joins by its entries in CASES."""
+"""Cases of mix_logits."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,31 +10,9 @@ from oracle import FACTOR
 from torch import Tensor
 
 import llmkern
+from cases.case import Case
 from llmkern.ops.mix_logits.arguments import check_mix_arguments
 from llmkern.ops.mix_logits.reference import mix_logits_reference
-
-
-@dataclass(frozen=True)
-class Case:
-    """One operation in one mode.
-
-    make(rows, width, dtype, device) gives the tensors (None where absent) that ``function`` and ``reference`` take in
-    this order, under ``names``; the reference is differentiable torch. raw(tensors) lists calls of the ops themselves,
-    (op, arguments), for opcheck. ``factor`` other than 2 needs its ``reason``.
-    """
-
-    name: str
-    make: Callable[[int, int, torch.dtype, str], list[Tensor | None]]
-    names: tuple[str, ...]
-    function: Callable[..., Tensor]
-    reference: Callable[..., Tensor]
-    raw: Callable[[list[Tensor | None]], list[tuple[Any, tuple[Any, ...]]]]
-    factor: float = FACTOR
-    reason: str = ""
-
-    def __str__(self) -> str:
-        return self.name
-
 
 MIX_NAMES = ("logits0", "logits1", "logits2", "weights", "reference", "carry")
 
@@ -116,6 +92,7 @@ def mix_case(
         functools.partial(raw_mix, **options),
         factor,
         reason,
+        refuses=r"got a row without a distribution at index 1; mask or repair",
     )
 
 
