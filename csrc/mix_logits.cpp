@@ -25,14 +25,17 @@ void forward_reverse_kl(const MixInputs<T>& in, T* out, Acc<T>* stats) {
     const LinearRow<T> mixture(in, row);
     c10::SmallVector<PieceSum<A>, 128> pieces(count_pieces(in.vocab));
     for_pieces(in.vocab, kPiecesPerTask, [&](int64_t piece, int64_t begin, int64_t end) {
-      const A top = mixture.mix(begin, end, z + begin);
+      const A top = mixture.mix_couples(begin, end, z + begin);
       pieces[piece] = sum_exp_piece(z + begin, end - begin, top);
     });
     const A lse = combine(pieces.data(), pieces.size());
     if (!std::isfinite(lse)) bad.note(row);
     T* y = out + row * in.vocab;
     for_pieces(in.vocab, kPiecesPerTask, [&](int64_t, int64_t begin, int64_t end) {
-      for_lanes<A>(begin, end, [&](int64_t i, auto lanes) { store(y + i, load(z + i, All{}) - lse, lanes); });
+      for_couples<A>(begin, end, [&](int64_t i, auto entries) {
+        const Couple<A> z_i = load_in_order(z + i, All{});
+        store_couple(y + i, {z_i.a - lse, z_i.b - lse}, entries);
+      });
     });
     A* statistics = stats + row * columns;
     std::fill(statistics, statistics + columns, A(0));

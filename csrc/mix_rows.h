@@ -4,6 +4,7 @@
 
 #include <c10/util/SmallVector.h>
 
+#include <array>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -98,31 +99,42 @@ struct PieceSum {
   A sum;
 };
 
-// Sum of exp(z - top) over one piece of n padded entries; NaN where z holds NaN, which top overlooks.
+// Sum of exp((z - top) scale) over one piece of n entries, padded to a couple; NaN where z holds NaN, which top
+// overlooks.
 template <typename A>
-inline PieceSum<A> sum_exp_piece(const A* z, int64_t n, A top) {
+inline PieceSum<A> sum_exp_piece(const A* z, int64_t n, A top, A scale = 1) {
   const Lanes<A> shift = fill(top > -std::numeric_limits<A>::infinity() ? top : A(0));
   Lanes<A> even{}, odd{};
-  int64_t i = 0;
-  for (; i + 2 * kLanes<A> <= n; i += 2 * kLanes<A>) {
-    even += exp_nonpositive(load(z + i, All{}) - shift);
-    odd += exp_nonpositive(load(z + i + kLanes<A>, All{}) - shift);
+  for (int64_t i = 0; i < n; i += 2 * kLanes<A>) {
+    even += exp_for_sum(load(z + i, All{}) - shift, scale);
+    odd += exp_for_sum(load(z + i + kLanes<A>, All{}) - shift, scale);
   }
-  for (; i < n; i += kLanes<A>) even += exp_nonpositive(load(z + i, All{}) - shift);
   return {top, sum<A>(even + odd)};
 }
 
-// Log-sum-exp of a row from its pieces, in their order; not finite where the row holds no distribution.
 template <typename A>
-inline A combine(const PieceSum<A>* pieces, int64_t count) {
+inline A top_of(const PieceSum<A>* pieces, int64_t count) {
   A top = -std::numeric_limits<A>::infinity();
   for (int64_t i = 0; i < count; ++i) top = std::max(top, pieces[i].top);
+  return top;
+}
+
+// Sum of exp((z - top) scale) over a row from its pieces, in their order.
+template <typename A>
+inline double sum_of(const PieceSum<A>* pieces, int64_t count, A top, A scale = 1) {
   double total = 0;
   for (int64_t i = 0; i < count; ++i) {
     const bool dead = pieces[i].top == -std::numeric_limits<A>::infinity();
-    total += dead ? pieces[i].sum : pieces[i].sum * std::exp(static_cast<double>(pieces[i].top) - top);
+    total += dead ? pieces[i].sum : pieces[i].sum * std::exp((static_cast<double>(pieces[i].top) - top) * scale);
   }
-  return static_cast<A>(top + std::log(total));
+  return total;
+}
+
+// Log-sum-exp of a row; not finite where the row holds no distribution.
+template <typename A>
+inline A combine(const PieceSum<A>* pieces, int64_t count) {
+  const A top = top_of(pieces, count);
+  return static_cast<A>(top + std::log(sum_of(pieces, count, top)));
 }
 
 // Exact reverse KL
@@ -145,22 +157,11 @@ class LinearRow {
     if (in.has_reference()) add(in.reference_row(row), in.reference_weight(row));
   }
 
-  // Writes z[begin, end) to out[0, end - begin), padded to a full register with -inf; returns its maximum.
-  A mix(int64_t begin, int64_t end, A* out) const {
-    if (negative_) return mix_signed(begin, end, out);
-    switch (terms_.size()) {
-      case 1:
-        return mix_terms<1>(begin, end, out);
-      case 2:
-        return mix_terms<2>(begin, end, out);
-      case 3:
-        return mix_terms<3>(begin, end, out);
-      case 4:
-        return mix_terms<4>(begin, end, out);
-      default:
-        return mix_terms<0>(begin, end, out);
-    }
-  }
+  // Writes z[begin, end) to out[0, end - begin), padded to a full couple with -inf; returns its maximum.
+  A mix(int64_t begin, int64_t end, A* out) const { return mix<false>(begin, end, out); }
+
+  // The same with the entries of each couple as load_couple places them, which costs less.
+  A mix_couples(int64_t begin, int64_t end, A* out) const { return mix<true>(begin, end, out); }
 
  private:
   void add(const T* row, A weight) {
@@ -169,38 +170,86 @@ class LinearRow {
     negative_ |= weight < 0;
   }
 
-  template <int kTerms>
+  template <bool kCouples>
+  A mix(int64_t begin, int64_t end, A* out) const {
+    if (negative_) return mix_signed<kCouples>(begin, end, out);
+    switch (terms_.size()) {
+      case 1:
+        return mix_terms<kCouples, 1>(begin, end, out);
+      case 2:
+        return mix_terms<kCouples, 2>(begin, end, out);
+      case 3:
+        return mix_terms<kCouples, 3>(begin, end, out);
+      case 4:
+        return mix_terms<kCouples, 4>(begin, end, out);
+      default:
+        return mix_terms<kCouples, 0>(begin, end, out);
+    }
+  }
+
+  template <bool kCouples, int kTerms>
   A mix_terms(int64_t begin, int64_t end, A* out) const {
-    const Term<T>* terms = terms_.data();
+    // A copy, since for all that the compiler knows writing to `out` could change the members.
+    std::array<Term<T>, kTerms> few;
+    std::copy_n(terms_.data(), kTerms, few.data());
+    const Term<T>* terms = kTerms > 0 ? few.data() : terms_.data();
     const int count = kTerms > 0 ? kTerms : static_cast<int>(terms_.size());
-    Lanes<A> best = fill(-std::numeric_limits<A>::infinity());
-    for_lanes<A>(begin, end, [&](int64_t i, auto lanes) {
-      Lanes<A> z{};
-      for (int j = 0; j < count; ++j) z += terms[j].weight * load(terms[j].row + i, lanes);
-      z = pad_with(z, -std::numeric_limits<A>::infinity(), lanes);
-      store(out + (i - begin), z, All{});
-      best = max(z, best);
+    Lanes<A> best_a = fill(-std::numeric_limits<A>::infinity()), best_b = best_a;
+    for_couples<A>(begin, end, [&](int64_t i, auto entries) {
+      Couple<A> z{};
+      for (int j = 0; j < count; ++j) {
+        const Couple<A> x = Layout<kCouples>::load(terms[j].row + i, entries);
+        z.a += terms[j].weight * x.a;
+        z.b += terms[j].weight * x.b;
+      }
+      z = Layout<kCouples>::pad(z, entries);
+      store_couple(out + (i - begin), z, All{});
+      best_a = max(z.a, best_a);
+      best_b = max(z.b, best_b);
+    });
+    return top<A>(max(best_a, best_b));
+  }
+
+  // With a negative weight -inf times it would be +inf, or NaN beside a -inf of positive weight, which decides.
+  template <bool kCouples>
+  A mix_signed(int64_t begin, int64_t end, A* out) const {
+    const Lanes<A> excluded = fill(-std::numeric_limits<A>::infinity());
+    Lanes<A> best = excluded;
+    for_couples<A>(begin, end, [&](int64_t i, auto entries) {
+      Couple<A> z{}, lowest{};
+      for (const Term<T>& term : terms_) {
+        const Couple<A> x = Layout<kCouples>::load(term.row + i, entries);
+        z.a += term.weight * x.a;
+        z.b += term.weight * x.b;
+        if (term.weight > 0) {
+          lowest.a = x.a < lowest.a ? x.a : lowest.a;
+          lowest.b = x.b < lowest.b ? x.b : lowest.b;
+        }
+      }
+      z = {lowest.a == excluded ? excluded : z.a, lowest.b == excluded ? excluded : z.b};
+      z = Layout<kCouples>::pad(z, entries);
+      store_couple(out + (i - begin), z, All{});
+      best = max(max(z.a, z.b), best);
     });
     return top<A>(best);
   }
 
-  // With a negative weight -inf times it would be +inf, or NaN beside a -inf of positive weight, which decides.
-  A mix_signed(int64_t begin, int64_t end, A* out) const {
-    const Lanes<A> excluded = fill(-std::numeric_limits<A>::infinity());
-    Lanes<A> best = excluded;
-    for_lanes<A>(begin, end, [&](int64_t i, auto lanes) {
-      Lanes<A> z{}, lowest{};
-      for (const Term<T>& term : terms_) {
-        const Lanes<A> x = load(term.row + i, lanes);
-        z += term.weight * x;
-        if (term.weight > 0) lowest = x < lowest ? x : lowest;
+  // Couples as load_couple has them for T, or in their order.
+  template <bool kCouples>
+  struct Layout {
+    template <typename Entries>
+    static Couple<A> load(const T* p, Entries entries) {
+      if constexpr (kCouples) {
+        return load_couple(p, entries);
+      } else {
+        return load_in_order(p, entries);
       }
-      z = pad_with(lowest == excluded ? excluded : z, -std::numeric_limits<A>::infinity(), lanes);
-      store(out + (i - begin), z, All{});
-      best = max(z, best);
-    });
-    return top<A>(best);
-  }
+    }
+    template <typename Entries>
+    static Couple<A> pad(Couple<A> z, Entries entries) {
+      return pad_couple<std::conditional_t<kCouples, T, A>>(z, -std::numeric_limits<A>::infinity(), entries);
+    }
+  };
 
   c10::SmallVector<Term<T>, 8> terms_;
   bool negative_ = false;
@@ -213,10 +262,10 @@ inline Acc<T> log_sum_exp(const T* row, int64_t vocab) {
   for_pieces(vocab, 16, [&](int64_t piece, int64_t begin, int64_t end) {
     alignas(64) A z[kPiece];
     Lanes<A> best = fill(-std::numeric_limits<A>::infinity());
-    for_lanes<A>(begin, end, [&](int64_t i, auto lanes) {
-      const Lanes<A> x = pad_with(load(row + i, lanes), -std::numeric_limits<A>::infinity(), lanes);
-      store(z + (i - begin), x, All{});
-      best = max(x, best);
+    for_couples<A>(begin, end, [&](int64_t i, auto entries) {
+      const Couple<A> x = pad_couple<T>(load_couple(row + i, entries), -std::numeric_limits<A>::infinity(), entries);
+      store_couple(z + (i - begin), x, All{});
+      best = max(max(x.a, x.b), best);
     });
     pieces[piece] = sum_exp_piece(z, end - begin, top<A>(best));
   });

@@ -22,36 +22,53 @@ class Philox {
   void pair_of_blocks(int64_t pair, uint32_t* out) const {
     constexpr int kChains = 2, kCounters = 2 * 16;
     for (int first = 0; first < kCounters; first += kChains * kLanes<float>) {
-      Words c0[kChains], c1[kChains], c2[kChains], c3[kChains];
+      Words words[kChains][4];
       for (int k = 0; k < kChains; ++k) {
-        c0[k] = Words{} + static_cast<uint32_t>(kCounters * pair + first + k * kLanes<float>) + lane_numbers();
-        c1[k] = Words{} + row_, c2[k] = Words{} + step_[0], c3[k] = Words{} + step_[1];
+        words[k][0] = Words{} + static_cast<uint32_t>(kCounters * pair + first + k * kLanes<float>) + lane_numbers();
       }
-      uint32_t k0 = key_[0], k1 = key_[1];
-      for (int round = 0; round < 10; ++round) {
-        for (int k = 0; k < kChains; ++k) {
-          Words high0, low0, high1, low1;
-          multiply(c0[k], 0xD2511F53u, &high0, &low0);
-          multiply(c2[k], 0xCD9E8D57u, &high1, &low1);
-          c0[k] = high1 ^ c1[k] ^ k0;
-          c1[k] = low1;
-          c2[k] = high0 ^ c3[k] ^ k1;
-          c3[k] = low0;
-        }
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
-      }
+      run_rounds<kChains>(words);
       for (int k = 0; k < kChains; ++k) {
         const int counter = first + k * kLanes<float>;
         uint32_t* to = out + counter / 16 * kTokensPerBlock + counter % 16;
-        const Words words[4] = {c0[k], c1[k], c2[k], c3[k]};
-        for (int word = 0; word < 4; ++word) std::memcpy(to + 16 * word, &words[word], sizeof(Words));
+        for (int word = 0; word < 4; ++word) std::memcpy(to + 16 * word, &words[k][word], sizeof(Words));
       }
     }
   }
 
+  // Words of any tokens, one a lane.
+  Words words_of(Words tokens) const {
+    Words words[1][4];
+    words[0][0] = tokens / 64 * 16 + tokens % 16;
+    run_rounds<1>(words);
+    const Words place = tokens / 16 % 4;
+    return place < 2 ? (place == 0 ? words[0][0] : words[0][1]) : (place == 2 ? words[0][2] : words[0][3]);
+  }
+
  private:
   using Longs = Lanes<uint64_t>;
+
+  // From the first word of counters to the random words.
+  template <int kChains>
+  void run_rounds(Words (*words)[4]) const {
+    for (int k = 0; k < kChains; ++k) {
+      words[k][1] = Words{} + row_, words[k][2] = Words{} + step_[0], words[k][3] = Words{} + step_[1];
+    }
+    uint32_t k0 = key_[0], k1 = key_[1];
+    for (int round = 0; round < 10; ++round) {
+      for (int k = 0; k < kChains; ++k) {
+        Words* c = words[k];
+        Words high0, low0, high1, low1;
+        multiply(c[0], 0xD2511F53u, &high0, &low0);
+        multiply(c[2], 0xCD9E8D57u, &high1, &low1);
+        c[0] = high1 ^ c[1] ^ k0;
+        c[1] = low1;
+        c[2] = high0 ^ c[3] ^ k1;
+        c[3] = low0;
+      }
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
+    }
+  }
 
   static Words lane_numbers() {
     Words numbers{};

@@ -29,111 +29,156 @@ struct Race {
   }
 };
 
-// Lets the kept tokens of pairs of blocks [first, last) race. Most lose against u < -log(1 - u) alone, and pairs
-// without a token that could win even with the smallest u are not drawn at all.
-constexpr int64_t kPair = 2 * kTokensPerBlock;
-
+// Kept tokens that race a register at a time, wherever they lie: where a cut leaves few, most numbers of a block would
+// be drawn for nothing.
 template <typename A>
-void run_race(const A* p, const Cut<A>& cut, const Philox& philox, int64_t first, int64_t last, Race* race) {
-  using V = Lanes<A>;
-  constexpr double kSmallest = 0x1p-33;
-  for (int64_t pair = first; pair < last; ++pair) {
-    const A* p_pair = p + pair * kPair;
-    // Rounded up, so that no winner is dismissed.
-    const A bound = static_cast<A>(std::min(race->time * (1 + 1e-6), 1e30));
-    const A least = std::max(cut.value, static_cast<A>(kSmallest / bound));
-    V best{};
-    for (int i = 0; i < kPair; i += kLanes<A>) best = max(load(p_pair + i, All{}), best);
-    if (top<A>(best) < least) continue;
+class ScatteredRace {
+ public:
+  ScatteredRace(const Probability<A>& probability, double min_p, const Philox& philox, Race* race)
+      : probability_(probability), min_p_(min_p), philox_(philox), race_(race) {}
 
-    uint32_t words[kPair];
-    philox.pair_of_blocks(pair, words);
-    float u[kPair];
-    Ints hits{};
-    for (int i = 0; i < kPair; i += kLanes<float>) {
-      Words w;
-      std::memcpy(&w, words + i, sizeof(w));
-      const Floats drawn = uniform(w);
-      store(u + i, drawn, All{});
-      if constexpr (std::is_same_v<A, float>) {
-        const Floats p_i = load(p_pair + i, All{});
-        hits |= (drawn < p_i * bound) & (p_i >= cut.value);
+  void enter(int64_t id, A z) {
+    ids_[count_] = static_cast<uint32_t>(id);
+    z_[count_] = z;
+    if (++count_ == kWidth) run();
+  }
+
+  void run() {
+    float u[kWidth];
+    A p[kWidth];
+    for (int i = count_; i < kWidth; ++i) ids_[i] = 0, z_[i] = -std::numeric_limits<A>::infinity();
+    store(u, uniform(philox_.words_of(load_words(ids_))), All{});
+    for (int i = 0; i < kWidth; i += kLanes<A>) store(p + i, probability_(load(z_ + i, All{})), All{});
+    for (int i = 0; i < count_; ++i) {
+      if (p[i] >= min_p_) race_->enter(ids_[i], u[i], p[i]);
+    }
+    count_ = 0;
+  }
+
+ private:
+  static constexpr int kWidth = kLanes<float>;
+  const Probability<A> probability_;
+  const double min_p_;
+  const Philox& philox_;
+  Race* race_;
+  uint32_t ids_[kWidth];
+  A z_[kWidth];
+  int count_ = 0;
+};
+
+// Lets the kept tokens of blocks [first, last) race. Of many that are kept most lose against u < -log(1 - u) alone, and
+// most blocks as a whole: with their smallest u for each lane against their largest score there.
+template <typename A>
+void run_race(const Scores<A>& scores, const Probability<A>& probability, const Cut<A>& cut, double min_p,
+              const Philox& philox, int64_t first, int64_t last, Race* race) {
+  using V = Lanes<A>;
+  constexpr int kScattered = 16;
+  ScatteredRace<A> scattered(probability, min_p, philox, race);
+  for (int64_t block = first; block < last; ++block) {
+    if (scores.below(block, cut.value)) continue;
+    const A* z = scores.z + block * kBlock;
+    const auto kept = [&](int i) { return z[i] > cut.value || (z[i] == cut.value && block * kBlock + i <= cut.last); };
+    if (cut.value > -std::numeric_limits<A>::infinity()) {
+      V reached{};
+      for (int i = 0; i < kBlock; i += kLanes<A>) reached += load(z + i, All{}) >= cut.value ? fill(A(1)) : V{};
+      if (sum<A>(reached) <= kScattered) {
+        for (int i = 0; i < kBlock; i += kLanes<A>) {
+          if (!any(load(z + i, All{}) >= cut.value)) continue;
+          for (int j = i; j < i + kLanes<A>; ++j) {
+            if (kept(j)) scattered.enter(block * kBlock + j, z[j]);
+          }
+        }
+        continue;
       }
     }
-    if (std::is_same_v<A, float> && !any(hits)) continue;
-    for (int i = 0; i < kPair; ++i) {
-      const int64_t id = pair * kPair + i;
-      const bool kept = p_pair[i] > cut.value || (p_pair[i] == cut.value && id <= cut.last);
-      if (kept && u[i] < p_pair[i] * static_cast<double>(bound)) race->enter(id, u[i], p_pair[i]);
+    // Rounded up, so that no winner is dismissed.
+    const A bound = static_cast<A>(std::min(race->time * (1 + 1e-6), 1e30));
+    uint32_t words[kBlock];
+    philox.pair_of_blocks(block, words);
+    if constexpr (std::is_same_v<A, float>) {
+      Words least = Words{} - 1;
+      for (int i = 0; i < kBlock; i += kLanes<float>) {
+        const Words w = load_words(words + i);
+        least = w < least ? w : least;
+      }
+      if (!any(uniform(least) < probability(scores.block_tops[block]) * bound)) continue;
+    }
+    float u[kBlock];
+    A p[kBlock];
+    for (int i = 0; i < kBlock; i += kLanes<float>) store(u + i, uniform(load_words(words + i)), All{});
+    for (int i = 0; i < kBlock; i += kLanes<A>) store(p + i, probability(load(z + i, All{})), All{});
+    for (int i = 0; i < kBlock; ++i) {
+      if (kept(i) && p[i] >= min_p && u[i] < p[i] * static_cast<double>(bound)) {
+        race->enter(block * kBlock + i, u[i], p[i]);
+      }
     }
   }
+  scattered.run();
 }
 
-// Draws from p (padded with zeros), whose largest entry is one and whose sum is mass.
-template <typename A>
-int64_t draw(const A* p, int64_t vocab, double mass, const Filters& filters, const Philox& philox, A* buffer) {
-  const int64_t width = padded(vocab);
-  A* other = buffer + width + kTokensPerBlock;
+// Draws from the scores of a row, which go on with -inf to the end of the last block. mass() is the sum of their
+// probabilities, asked for only where a filter needs it.
+template <typename A, typename Mass>
+int64_t draw(const Scores<A>& scores, const Probability<A>& probability, const Filters& filters, const Philox& philox,
+             Mass mass, A* buffer) {
+  const int64_t width = padded(scores.count) + kTokensPerBlock;
+  A *other = buffer + width, *kept = other + width;
   Cut<A> cut;
-  if (filters.top_k > 0 && filters.top_k < vocab) {
-    cut = select_cut<A, false>(p, vocab, static_cast<double>(vocab), filters.top_k, buffer, other);
+  if (filters.top_k > 0 && filters.top_k < scores.count) {
+    cut = select_cut(scores, Unit{}, static_cast<double>(scores.count), filters.top_k, buffer, other);
     // Ties with the k-th are kept.
     cut.last = std::numeric_limits<int64_t>::max();
-  }
-  if (filters.top_p < 1) {
-    if (cut.value > 0) {
-      double none;
-      A* kept = other + width + kTokensPerBlock;
-      const int64_t count =
-          collect<A, true>(p, vocab, cut.value, std::numeric_limits<A>::infinity(), kept, &none, &mass);
-      Cut<A> within = select_cut<A, true>(kept, count, mass, filters.top_p * mass, buffer, other);
-      if (within.last < count) {
+    if (filters.top_p < 1) {
+      const auto found = collect(scores, cut.value, std::numeric_limits<A>::infinity(), probability, kept);
+      Cut<A> within = select_cut(Scores<A>{kept, found.count}, probability, found.within, filters.top_p * found.within,
+                                 buffer, other);
+      if (within.last < found.count) {
         // From a position among the kept to a token.
         int64_t equals = 0, i = -1;
         for (int64_t j = 0; j <= within.last; ++j) equals += kept[j] == within.value;
-        while (equals > 0) equals -= p[++i] == within.value;
+        while (equals > 0) equals -= scores.z[++i] == within.value;
         within.last = i;
       }
       cut = within;
-    } else {
-      cut = select_cut<A, true>(p, vocab, mass, filters.top_p * mass, buffer, other);
     }
+  } else if (filters.top_p < 1) {
+    const double total = mass();
+    cut = select_cut(scores, probability, total, filters.top_p * total, buffer, other);
   }
-  if (filters.min_p > cut.value) cut = {static_cast<A>(filters.min_p), std::numeric_limits<int64_t>::max()};
 
-  const int64_t pairs = width / kPair, per_task = kPiecesPerTask * kPiece / kPair;
-  c10::SmallVector<Race, 32> races(pairs / per_task + 1);
-  at::parallel_for(0, pairs, per_task, [&](int64_t first, int64_t last) {
-    run_race(p, cut, philox, first, last, &races[first / per_task]);
+  const int64_t blocks = padded(scores.count) / kBlock, per_task = kPiecesPerTask * kPiece / kBlock;
+  c10::SmallVector<Race, 32> races(blocks / per_task + 1);
+  at::parallel_for(0, blocks, per_task, [&](int64_t first, int64_t last) {
+    run_race(scores, probability, cut, filters.min_p, philox, first, last, &races[first / per_task]);
   });
   Race winner;
   for (const Race& race : races) winner.enter(race);
   return winner.token;
 }
 
-// p = exp((z - top) / temperature), padded with zeros; p may be z. Sums of p, and of exp(z - top), by pieces.
+// Largest scores of the blocks of [begin, end), which go on with -inf to the end of the last one.
 template <typename A>
-void exponentials(const A* z, int64_t vocab, A top, A temperature, A* p, double* mass, double* unit_mass) {
-  using V = Lanes<A>;
-  const int64_t count = count_pieces(vocab);
-  c10::SmallVector<double, 128> masses(count, 0.0), unit_masses(count, 0.0);
-  const A inverse = 1 / temperature;
-  for_pieces(vocab, kPiecesPerTask, [&](int64_t piece, int64_t begin, int64_t end) {
-    V part{}, unit_part{};
-    for_lanes<A>(begin, end, [&](int64_t i, auto lanes) {
-      const V low = load(z + i, All{}) - top;
-      if (temperature != 1) unit_part += pad_with(exp_nonpositive(low), A(0), lanes);
-      const V p_i = pad_with(exp_nonpositive(temperature == 1 ? low : low * inverse), A(0), lanes);
-      part += p_i;
-      store(p + i, p_i, All{});
-    });
-    masses[piece] = sum<A>(part);
-    unit_masses[piece] = temperature == 1 ? masses[piece] : sum<A>(unit_part);
-  });
-  *mass = *unit_mass = 0;
-  for (int64_t piece = 0; piece < count; ++piece) *mass += masses[piece], *unit_mass += unit_masses[piece];
-  for (int64_t i = (vocab + kLanes<A> - 1) / kLanes<A> * kLanes<A>; i < padded(vocab); ++i) p[i] = 0;
+void find_block_tops(const A* z, int64_t begin, int64_t end, Lanes<A>* tops) {
+  for (int64_t i = begin; i < end; i += kBlock) {
+    Lanes<A> best = load(z + i, All{});
+    for (int64_t j = kLanes<A>; j < kBlock; j += kLanes<A>) best = max(load(z + i + j, All{}), best);
+    tops[i / kBlock] = best;
+  }
 }
+
+// A row of scores and what the draw needs beside it, in one piece of scratch.
+template <typename A>
+struct Workspace {
+  static int64_t size(int64_t vocab) { return 5 * (padded(vocab) + kTokensPerBlock); }
+
+  Workspace(A* scratch, int64_t vocab)
+      : z(scratch),
+        buffers(scratch + padded(vocab) + kTokensPerBlock),
+        tops(reinterpret_cast<Lanes<A>*>(buffers + 3 * (padded(vocab) + kTokensPerBlock))) {}
+
+  A *z, *buffers;
+  Lanes<A>* tops;
+};
 
 template <typename A>
 int64_t first_index(const A* z, int64_t n, A value) {
@@ -150,7 +195,7 @@ std::pair<int64_t, Acc<T>> greedy_linear(const MixInputs<T>& in, const LinearRow
   c10::SmallVector<PieceSum<A>, 128> pieces(count_pieces(in.vocab));
   for_pieces(in.vocab, kPiecesPerTask, [&](int64_t piece, int64_t begin, int64_t end) {
     alignas(64) A z[kPiece];
-    const A best = mixture.mix(begin, end, z);
+    const A best = mixture.mix_couples(begin, end, z);
     pieces[piece] = sum_exp_piece(z, end - begin, best);
   });
   const A lse = combine(pieces.data(), pieces.size());
@@ -165,39 +210,61 @@ std::pair<int64_t, Acc<T>> greedy_linear(const MixInputs<T>& in, const LinearRow
   return {begin + first_index(z, end - begin, best), best - lse};
 }
 
+template <typename A>
+Probability<A> probability_of(A top, const Filters& filters) {
+  const double temperature = std::max<double>(filters.temperature, std::numeric_limits<A>::min());
+  return {top, static_cast<A>(1 / temperature)};
+}
+
 template <typename T>
 std::pair<int64_t, Acc<T>> sample_linear(const MixInputs<T>& in, const LinearRow<T>& mixture, const Filters& filters,
                                          const Philox& philox, Acc<T>* scratch) {
   using A = Acc<T>;
-  A* z = scratch;
-  c10::SmallVector<A, 128> tops(count_pieces(in.vocab));
-  for_pieces(in.vocab, kPiecesPerTask,
-             [&](int64_t piece, int64_t begin, int64_t end) { tops[piece] = mixture.mix(begin, end, z + begin); });
-  const A best = *std::max_element(tops.begin(), tops.end());
-  double mass, unit_mass;
-  exponentials(z, in.vocab, best, static_cast<A>(filters.temperature), z, &mass, &unit_mass);
-  const A lse = static_cast<A>(best + std::log(unit_mass));
-  if (!std::isfinite(lse) || !std::isfinite(mass)) return {-1, lse};
-  const int64_t token = draw(z, in.vocab, mass, filters, philox, scratch + padded(in.vocab));
-  A around[kTokensPerBlock];
-  mixture.mix(token, token + 1, around);
-  return {token, around[0] - lse};
+  const Workspace<A> work(scratch, in.vocab);
+  const int64_t count = count_pieces(in.vocab);
+  const A inverse = probability_of(A(0), filters).inverse_temperature;
+  const bool tempered = inverse != 1 && filters.top_p < 1;
+  c10::SmallVector<PieceSum<A>, 128> pieces(count), tempered_pieces(count);
+  for_pieces(in.vocab, kPiecesPerTask, [&](int64_t piece, int64_t begin, int64_t end) {
+    A* z = work.z + begin;
+    const A top = mixture.mix(begin, end, z);
+    if (end == in.vocab) std::fill(work.z + end, work.z + padded(end), -std::numeric_limits<A>::infinity());
+    find_block_tops(work.z, begin, end, work.tops);
+    pieces[piece] = sum_exp_piece(z, end - begin, top);
+    if (tempered) tempered_pieces[piece] = sum_exp_piece(z, end - begin, top, inverse);
+  });
+  const A top = top_of(pieces.data(), count), lse = combine(pieces.data(), count);
+  if (!std::isfinite(lse)) return {-1, lse};
+  const auto mass = [&] { return sum_of((tempered ? tempered_pieces : pieces).data(), count, top, inverse); };
+  const Scores<A> scores{work.z, in.vocab, work.tops};
+  const int64_t token = draw(scores, probability_of(top, filters), filters, philox, mass, work.buffers);
+  return {token, work.z[token] - lse};
 }
 
 template <typename T>
 std::pair<int64_t, Acc<T>> sample_divergence(const MixInputs<T>& in, int64_t row, const Filters& filters,
                                              const Philox& philox, Acc<T>* scratch) {
   using A = Acc<T>;
-  const int64_t width = padded(in.vocab);
-  A* y = scratch;
+  // The mixing takes the space of three rows; two of them are free again for the draw.
+  const Workspace<A> work(scratch, in.vocab);
+  A* y = work.z;
   c10::SmallVector<A, 16> statistics(in.models + 4);
   if (!mix_divergence_row(in, row, y, statistics.data())) return {-1, std::numeric_limits<A>::quiet_NaN()};
   const A best = *std::max_element(y, y + in.vocab);
   if (filters.temperature == 0) return {first_index(y, in.vocab, best), best};
-  double mass, unit_mass;
-  A* p = scratch + width;
-  exponentials(y, in.vocab, best, static_cast<A>(filters.temperature), p, &mass, &unit_mass);
-  const int64_t token = draw(p, in.vocab, mass, filters, philox, p + width);
+  std::fill(y + in.vocab, y + padded(in.vocab), -std::numeric_limits<A>::infinity());
+  find_block_tops(y, 0, in.vocab, work.tops);
+  const Probability<A> probability = probability_of(best, filters);
+  const auto mass = [&] {
+    double total = 0;
+    for (int64_t i = 0; i < in.vocab; i += kPiece) {
+      const int64_t n = std::min(in.vocab, i + kPiece) - i;
+      total += sum_exp_piece(y + i, n, best, probability.inverse_temperature).sum;
+    }
+    return total;
+  };
+  const Scores<A> scores{y, in.vocab, work.tops};
+  const int64_t token = draw(scores, probability, filters, philox, mass, work.buffers);
   return {token, y[token]};
 }
 
@@ -221,8 +288,7 @@ std::tuple<at::Tensor, at::Tensor> sample_mixed(at::TensorList logits, const at:
     const int64_t* draw_data = draws.const_data_ptr<int64_t>();
     const bool all_greedy =
         std::all_of(filter_data, filter_data + rows, [](const Filters& f) { return f.temperature == 0; });
-    // A row of z or p, the two of a divergence, and three of the search for a cut.
-    const int64_t width = padded(in.vocab) + kTokensPerBlock, slot_size = (linear && all_greedy ? 0 : 6) * width;
+    const int64_t slot_size = linear && all_greedy ? 0 : Workspace<A>::size(in.vocab);
     const at::Tensor scratch = at::empty({scratch_slots(rows), slot_size}, c10::CppTypeToScalarType<A>::value);
     for_rows(rows, [&](int64_t row, int64_t slot) {
       A* own = scratch.mutable_data_ptr<A>() + slot * slot_size;

@@ -111,6 +111,12 @@ inline Floats load(const c10::Half* p, All) {
 #endif
 }
 
+inline Words load_words(const uint32_t* p) {
+  Words x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+
 // Lanes past the end read as zero.
 template <typename T>
 inline Lanes<Acc<T>> load(const T* p, First lanes) {
@@ -149,6 +155,93 @@ inline void store(T* p, Lanes<Acc<T>> x, First lanes) {
   std::memcpy(static_cast<void*>(p), padded, lanes.count * sizeof(T));
 }
 
+// Two registers of 2 kLanes neighbouring entries. Which entry lies in which lane is left open, since bfloat16 widens
+// and narrows at half the cost where even entries fill one register and odd ones the other; store_couple undoes it.
+template <typename A>
+struct Couple {
+  Lanes<A> a, b;
+};
+
+// The two registers in the order of their entries, for any T.
+template <typename T>
+inline Couple<Acc<T>> load_in_order(const T* p, All) {
+  return {load(p, All{}), load(p + kLanes<Acc<T>>, All{})};
+}
+
+template <typename T>
+inline Couple<Acc<T>> load_in_order(const T* p, First entries) {
+  T padded[2 * kLanes<Acc<T>>] = {};
+  std::memcpy(static_cast<void*>(padded), p, entries.count * sizeof(T));
+  return load_in_order(padded, All{});
+}
+
+template <typename T>
+inline Couple<Acc<T>> load_couple(const T* p, All) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    Words bits;
+    std::memcpy(&bits, p, sizeof(bits));
+    return {reinterpret<Floats>(bits << 16), reinterpret<Floats>(bits & 0xffff0000u)};
+  } else {
+    return load_in_order(p, All{});
+  }
+}
+
+// Entries past the end read as zero.
+template <typename T>
+inline Couple<Acc<T>> load_couple(const T* p, First entries) {
+  T padded[2 * kLanes<Acc<T>>] = {};
+  std::memcpy(static_cast<void*>(padded), p, entries.count * sizeof(T));
+  return load_couple(padded, All{});
+}
+
+// Not for NaN, whose payload may round to infinity.
+template <typename T>
+inline void store_couple(T* p, Couple<Acc<T>> x, All) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    const Words even = reinterpret<Words>(x.a), odd = reinterpret<Words>(x.b);
+    const Words low = (even + 0x7fff + ((even >> 16) & 1)) >> 16;
+    const Words high = (odd + 0x7fff + ((odd >> 16) & 1)) & 0xffff0000u;
+    const Words joined = low | high;
+    std::memcpy(static_cast<void*>(p), &joined, sizeof(joined));
+  } else {
+    store(p, x.a, All{});
+    store(p + kLanes<Acc<T>>, x.b, All{});
+  }
+}
+
+template <typename T>
+inline void store_couple(T* p, Couple<Acc<T>> x, First entries) {
+  T padded[2 * kLanes<Acc<T>>];
+  store_couple(padded, x, All{});
+  std::memcpy(static_cast<void*>(p), padded, entries.count * sizeof(T));
+}
+
+// The couple with the entries past the end set to `value`, as load_couple<T> places them.
+template <typename T>
+inline Couple<Acc<T>> pad_couple(Couple<Acc<T>> x, Acc<T>, All) {
+  return x;
+}
+
+template <typename T>
+inline Couple<Acc<T>> pad_couple(Couple<Acc<T>> x, Acc<T> value, First entries) {
+  constexpr int lanes = kLanes<Acc<T>>;
+  for (int i = entries.count; i < 2 * lanes; ++i) {
+    if constexpr (std::is_same_v<T, c10::BFloat16>) {
+      (i % 2 ? x.b : x.a)[i / 2] = value;
+    } else {
+      (i < lanes ? x.a : x.b)[i % lanes] = value;
+    }
+  }
+  return x;
+}
+
+template <typename A, typename Body>
+inline void for_couples(int64_t begin, int64_t end, Body body) {
+  int64_t i = begin;
+  for (; i + 2 * kLanes<A> <= end; i += 2 * kLanes<A>) body(i, All{});
+  if (i < end) body(i, First{static_cast<int>(end - i)});
+}
+
 // x with the lanes past the end set to `value`.
 template <typename A>
 inline Lanes<A> pad_with(Lanes<A> x, A, All) {
@@ -168,17 +261,70 @@ inline A sum(Lanes<A> x) {
   return total;
 }
 
-inline bool any(Ints mask) {
+template <typename Mask>
+inline bool any(Mask mask) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_test_epi32_mask(reinterpret<__m512i>(mask), reinterpret<__m512i>(mask)) != 0;
+#elif defined(CPU_CAPABILITY_AVX2)
+  return !_mm256_testz_si256(reinterpret<__m256i>(mask), reinterpret<__m256i>(mask));
+#else
   uint64_t parts[kRegisterBytes / 8], joined = 0;
   std::memcpy(parts, &mask, sizeof(mask));
   for (uint64_t part : parts) joined |= part;
   return joined != 0;
+#endif
 }
 
+// Writes the lanes of x that the mask selects to p, one after the other, and whatever comes after them; returns their
+// number.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr bool kCanCompress = true;
+
+inline int compress(float* p, Floats x, Ints mask) {
+  const __mmask16 bits = _mm512_movepi32_mask(reinterpret<__m512i>(mask));
+  _mm512_storeu_ps(p, _mm512_maskz_compress_ps(bits, x));
+  return __builtin_popcount(bits);
+}
+#elif defined(CPU_CAPABILITY_AVX2)
+constexpr bool kCanCompress = true;
+
+// For each mask the numbers of its lanes, a byte each.
+struct CompressTable {
+  uint64_t lanes[256] = {};
+  constexpr CompressTable() {
+    for (int mask = 0; mask < 256; ++mask) {
+      int taken = 0;
+      for (int lane = 0; lane < 8; ++lane) {
+        if (mask >> lane & 1) lanes[mask] |= static_cast<uint64_t>(lane) << 8 * taken++;
+      }
+    }
+  }
+};
+inline constexpr CompressTable kCompressTable;
+
+inline int compress(float* p, Floats x, Ints mask) {
+  const int bits = _mm256_movemask_ps(reinterpret<__m256>(mask));
+  const __m256i lanes = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(kCompressTable.lanes[bits])));
+  _mm256_storeu_ps(p, _mm256_permutevar8x32_ps(x, lanes));
+  return __builtin_popcount(bits);
+}
+#else
+constexpr bool kCanCompress = false;
+inline int compress(float*, Floats, Ints) { return 0; }
+#endif
+
+// y where one of them is NaN.
 template <typename V>
 inline V max(V x, V y) {
   return x > y ? x : y;
 }
+
+// The same in one instruction, which GCC does not find.
+#if defined(CPU_CAPABILITY_AVX512)
+inline Floats max(Floats x, Floats y) { return _mm512_max_ps(x, y); }
+#elif defined(CPU_CAPABILITY_AVX2)
+inline Floats max(Floats x, Floats y) { return _mm256_max_ps(x, y); }
+#endif
 
 template <typename A>
 inline A top(Lanes<A> x) {
@@ -198,13 +344,13 @@ constexpr float kLn2Low = -2.12194440054690583e-4f;
 constexpr float kRounder = 12582912.0f;
 
 // (exp(r) - 1 - r) / r^2 for |r| <= ln(2)/2: interpolation at Chebyshev nodes, relative error of exp 1e-8.
-inline Floats exp_tail(Floats r) {
+[[gnu::always_inline]] inline Floats exp_tail(Floats r) {
   return (((0.00139189435f * r + 0.00836317905f) * r + 0.0416666633f) * r + 0.166665770f) * r + 0.499999997f;
 }
 }  // namespace detail
 
 // Zero below -87.3. For x of at most zero, which spares the upper bound.
-inline Floats exp_nonpositive(Floats x) {
+[[gnu::always_inline]] inline Floats exp_nonpositive(Floats x) {
   const Floats shifted = x * detail::kLog2e + detail::kRounder;
   const Floats n = shifted - detail::kRounder;
   const Floats r = (x - n * detail::kLn2High) - n * detail::kLn2Low;
@@ -217,6 +363,20 @@ inline Doubles exp_nonpositive(Doubles x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = std::exp(x[i]);
   return x;
 }
+
+// exp(scale x) for the sum of numbers of which one is exp(0), hence held at exp(-86) below: relative error 2e-7, and
+// that of a rounding of x. NaN in, NaN out.
+[[gnu::always_inline]] inline Floats exp_for_sum(Floats x, float scale = 1) {
+  const Floats held = max(fill(-125.0f), x * (detail::kLog2e * scale));
+  const Floats shifted = held + detail::kRounder;
+  const Floats r = held - (shifted - detail::kRounder);
+  // 2^r for |r| <= 1/2: the smallest largest relative error among polynomials that are one at zero.
+  const Floats poly =
+      ((((0.0013264727f * r + 0.009671513f) * r + 0.055507336f) * r + 0.24022242f) * r + 0.693147f) * r + 1.0f;
+  return reinterpret<Floats>(reinterpret<Ints>(poly) + (reinterpret<Ints>(shifted) << 23));
+}
+
+inline Doubles exp_for_sum(Doubles x, double scale = 1) { return exp_nonpositive(x * scale); }
 
 // Held at exp(88) above, so that what follows stays finite.
 inline Floats exp(Floats x) { return exp_nonpositive(x > 88.0f ? fill(88.0f) : x); }

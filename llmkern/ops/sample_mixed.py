@@ -13,6 +13,7 @@ sort and no cumulative sum is needed, and a row's tokens do not depend on the ro
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -172,9 +173,11 @@ def sample_mixed(
         _per_request(op, "min_p", min_p, rows, device, "in [0, 1]", low=0.0, high=1.0),
     ]
     filters = _columns(values, rows, torch.float64, device)
-    seeds = _integers(op, "seed", seed, rows, device)
-    row_ids = torch.arange(rows, device=device) if isinstance(seed, int) else 0
-    draws = _columns([seeds, row_ids, _integers(op, "step", step, rows, device)], rows, torch.int64, device)
+    numbers = [_integers(op, "seed", seed, rows, device), 0, _integers(op, "step", step, rows, device)]
+    greedy = isinstance(values[0], float) and values[0] == 0
+    if isinstance(seed, int) and rows != 1 and not greedy:
+        numbers[1] = torch.arange(rows, device=device)
+    draws = _columns(numbers, rows, torch.int64, device)
     return torch.ops.llmkern.sample_mixed(*args, filters, draws)
 
 
@@ -225,8 +228,11 @@ def _integers(op: str, name: str, value: int | Sequence[int] | Tensor, rows: int
 
 def _columns(values: Sequence[float | Tensor], rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(rows, len(values)) of numbers that hold for all rows and of tensors (rows,)."""
-    if not any(isinstance(value, Tensor) for value in values):
-        return torch.tensor([values], dtype=dtype, device=device).expand(rows, -1)
+    numbers = tuple(value for value in values if not isinstance(value, Tensor))
+    if len(numbers) == len(values):
+        # From one call of a decode loop to the next these are mostly the same; never written to.
+        make = _tensor_of if torch.compiler.is_compiling() else _kept_tensor_of
+        return make(numbers, dtype, device).expand(rows, -1)
     return torch.stack(
         [
             value if isinstance(value, Tensor) else torch.full((rows,), value, dtype=dtype, device=device)
@@ -234,3 +240,10 @@ def _columns(values: Sequence[float | Tensor], rows: int, dtype: torch.dtype, de
         ],
         dim=-1,
     )
+
+
+def _tensor_of(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor([values], dtype=dtype, device=device)
+
+
+_kept_tensor_of = functools.lru_cache(maxsize=64)(_tensor_of)
