@@ -20,6 +20,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 ISAS = ("avx512", "avx2", "generic")
 
@@ -198,6 +200,11 @@ def _read_stamp(path: Path) -> dict[str, str]:
 def bad_value(op: str, expected: str, got: object, fix: str = "") -> ValueError:
     """The one form of a refusal: what was expected, what came, what to do."""
     return ValueError(_sentence(op, expected, got, fix))
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether one can look at its numbers; not while the compiler traces, nor under FakeTensorMode."""
+    return not torch.compiler.is_compiling() and not isinstance(tensor, FakeTensor)
 
 
 def bad_type(op: str, expected: str, got: object, fix: str = "") -> TypeError:

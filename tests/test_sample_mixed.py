@@ -9,6 +9,7 @@ import torch
 from cases.mix_logits import make_mix
 from scipy.stats import chisquare
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import llmkern
@@ -298,3 +299,13 @@ def test_rows_without_a_distribution(value: float, temperature: float, divergenc
         assert tokens[1] == -1
         assert log_probs[1].isnan()
         assert (tokens[[0, 2]] >= 0).all()
+
+
+def test_tracing_leaves_nothing_behind() -> None:
+    """Filters are kept from call to call; those of a fake call must not meet a real one."""
+    options = {"seed": 424242, "temperature": 0.625, "top_p": 0.8125}
+    with FakeTensorMode():
+        fake = llmkern.sample_mixed([torch.randn(2, 9) for _ in range(2)], [0.5, 0.5], **options)
+    assert fake[0].shape == (2,)
+    tokens, _ = llmkern.sample_mixed([torch.randn(2, 9) for _ in range(2)], [0.5, 0.5], **options)
+    assert set(tokens.tolist()) <= set(range(9))

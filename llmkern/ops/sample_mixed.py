@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from llmkern._library import bad_type, bad_value, define_op
+from llmkern._library import bad_type, bad_value, define_op, has_values
 from llmkern.ops.mix_logits.arguments import check_mix_arguments
 from llmkern.ops.mix_logits.reference import compute_dtype, mix_logits_reference
 
@@ -172,12 +172,12 @@ def sample_mixed(
         _per_request(op, "top_p", top_p, rows, device, "in (0, 1]", low=0.0, high=1.0, open_low=True),
         _per_request(op, "min_p", min_p, rows, device, "in [0, 1]", low=0.0, high=1.0),
     ]
-    filters = _columns(values, rows, torch.float64, device)
+    filters = _columns(values, rows, torch.float64, args.logits[0])
     numbers = [_integers(op, "seed", seed, rows, device), 0, _integers(op, "step", step, rows, device)]
     greedy = isinstance(values[0], float) and values[0] == 0
     if isinstance(seed, int) and rows != 1 and not greedy:
         numbers[1] = torch.arange(rows, device=device)
-    draws = _columns(numbers, rows, torch.int64, device)
+    draws = _columns(numbers, rows, torch.int64, args.logits[0])
     return torch.ops.llmkern.sample_mixed(*args, filters, draws)
 
 
@@ -226,16 +226,17 @@ def _integers(op: str, name: str, value: int | Sequence[int] | Tensor, rows: int
     return given.to(torch.int64)
 
 
-def _columns(values: Sequence[float | Tensor], rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(rows, len(values)) of numbers that hold for all rows and of tensors (rows,)."""
+def _columns(values: Sequence[float | Tensor], rows: int, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """(rows, len(values)) on the device of ``like``, of numbers that hold for all rows and of tensors (rows,)."""
     numbers = tuple(value for value in values if not isinstance(value, Tensor))
     if len(numbers) == len(values):
-        # From one call of a decode loop to the next these are mostly the same; never written to.
-        make = _tensor_of if torch.compiler.is_compiling() else _kept_tensor_of
-        return make(numbers, dtype, device).expand(rows, -1)
+        # From one call of a decode loop to the next these are mostly the same; never written to. What is made while
+        # tracing has no values and is not kept.
+        make = _kept_tensor_of if has_values(like) else _tensor_of
+        return make(numbers, dtype, like.device).expand(rows, -1)
     return torch.stack(
         [
-            value if isinstance(value, Tensor) else torch.full((rows,), value, dtype=dtype, device=device)
+            value if isinstance(value, Tensor) else torch.full((rows,), value, dtype=dtype, device=like.device)
             for value in values
         ],
         dim=-1,

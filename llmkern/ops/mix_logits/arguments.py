@@ -9,7 +9,7 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from llmkern._library import bad_type, bad_value
+from llmkern._library import bad_type, bad_value, has_values
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "alpha", "jsd")
 NORMALIZERS = ("exact", "zero")
@@ -139,7 +139,7 @@ def _carry(
     limit = 600.0 if dtype == torch.float64 else 60.0
     scale = alpha if alpha is not None else 1.0
     searched = divergence != "reverse_kl" and normalizer == "exact"
-    if searched and carry.device.type == "cpu" and carry.numel() and not torch.compiler.is_compiling():
+    if searched and carry.device.type == "cpu" and carry.numel() and has_values(carry):
         top = scale * float(carry.detach().abs().max())
         if top > limit:
             fix = "pass log pi_i(prefix) - log ref(prefix), or normalizer='zero', which has no limit"
@@ -149,7 +149,7 @@ def _carry(
 
 def _refuse_nonfinite(op: str, name: str, value: Tensor) -> None:
     """A look at the values is free of a wait only on the CPU; on a GPU the assertion is queued with the kernels."""
-    if torch.compiler.is_compiling():
+    if not has_values(value):
         return
     if value.device.type != "cpu":
         torch._assert_async(torch.isfinite(value).all())
