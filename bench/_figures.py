@@ -27,22 +27,25 @@ def latest(path: Path = RESULTS) -> dict[tuple[str, ...], dict[str, Row]]:
 
 def table(path: Path = RESULTS) -> list[str]:
     lines = [
-        "| op, case | device | llmkern | times the floor | torch | torch.compile | transformers | scratch |",
-        "|---|---|---|---|---|---|---|---|",
+        "| op, case | device | llmkern | times the floor | peers, times as long | scratch |",
+        "|---|---|---|---|---|---|",
     ]
     for (op, case, mode, dtype, device), rows in sorted(latest(path).items()):
         ours = rows["llmkern"]
-        peers = [
-            f"{float(rows[peer]['median']) / float(ours['median']):.1f}x" if peer in rows else ""
-            for peer in ("torch", "torch.compile", "transformers")
-        ]
+        peers = ", ".join(
+            f"{peer} {ratio(rows[peer], ours)}" for peer in rows if peer != "llmkern"
+        )
         name = f"`{op}` {case}, {dtype}" + ("" if mode == "forward" else f", {mode}")
         scratch = f"{int(ours['beyond_outputs']) / 2**20:.1f} MiB"
         time = f"{float(ours['median']) * 1e3:.3g} ms"
-        lines.append(
-            f"| {name} | {device} | {time} | {float(ours['ratio_to_floor']):.2f} | {' | '.join(peers)} | {scratch} |"
-        )
+        where = f"{device}, {ours['implementation'].removeprefix('C++ ')}"
+        lines.append(f"| {name} | {where} | {time} | {float(ours['ratio_to_floor']):.2f} | {peers} | {scratch} |")
     return lines
+
+
+def ratio(peer: Row, ours: Row) -> str:
+    value = float(peer["median"]) / float(ours["median"])
+    return f"{value:.2f}x" if value < 1.5 else f"{value:.1f}x" if value < 100 else f"{value:.0f}x"
 
 
 def with_figures(text: str, path: Path = RESULTS) -> str:
