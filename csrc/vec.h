@@ -224,15 +224,18 @@ inline Couple<Acc<T>> pad_couple(Couple<Acc<T>> x, Acc<T>, All) {
 
 template <typename T>
 inline Couple<Acc<T>> pad_couple(Couple<Acc<T>> x, Acc<T> value, First entries) {
-  constexpr int lanes = kLanes<Acc<T>>;
-  for (int i = entries.count; i < 2 * lanes; ++i) {
+  constexpr int kWidth = kLanes<Acc<T>>;
+  Acc<T> parts[2][kWidth];
+  store(parts[0], x.a, All{});
+  store(parts[1], x.b, All{});
+  for (int i = entries.count; i < 2 * kWidth; ++i) {
     if constexpr (std::is_same_v<T, c10::BFloat16>) {
-      (i % 2 ? x.b : x.a)[i / 2] = value;
+      parts[i % 2][i / 2] = value;
     } else {
-      (i < lanes ? x.a : x.b)[i % lanes] = value;
+      parts[i / kWidth][i % kWidth] = value;
     }
   }
-  return x;
+  return {load(parts[0], All{}), load(parts[1], All{})};
 }
 
 template <typename A, typename Body>
