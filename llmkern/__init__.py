@@ -4,10 +4,22 @@ from pathlib import Path as _Path
 
 from llmkern._library import load_cpu_module as _load_cpu_module
 from llmkern.ops.mix_logits import mix_hidden_states, mix_logits
+from llmkern.ops.pairwise_scores import clip_loss, neg_clip_loss, norm_sim
 from llmkern.ops.sample_mixed import sample_mixed
+from llmkern.ops.vas_score import SecondMoment, second_moment, vas_score
 
 __version__ = "0.1.0"
-__all__ = ["mix_hidden_states", "mix_logits", "sample_mixed"]
+__all__ = [
+    "mix_hidden_states",
+    "mix_logits",
+    "sample_mixed",
+    "SecondMoment",
+    "second_moment",
+    "vas_score",
+    "norm_sim",
+    "neg_clip_loss",
+    "clip_loss",
+]
 
 # In a checkout the Triton kernels lie beside this package, in kernels/; an installed wheel holds them inside it.
 if (_Path(__file__).parent.parent / "setup.py").exists():

@@ -45,15 +45,20 @@ def philox_uniform(draws: Tensor, vocabulary: int) -> Tensor:
         (step & _LOW).expand(-1, vocabulary),
         ((step >> 32) & _LOW).expand(-1, vocabulary),
     ]
+    words = torch.stack(philox_words(counters, seed))
+    picked = words.gather(0, ((tokens // 16) % 4).expand(1, draws.shape[0], -1)).squeeze(0)
+    # In float32, as the kernels do, and held below one so that every token has a finite time.
+    return (picked.float() * 2.0**-32 + 2.0**-33).clamp(max=1 - 2.0**-24).double()
+
+
+def philox_words(counters: list[Tensor], seed: Tensor | int) -> list[Tensor]:
+    """The four words of Philox4x32-10 for four words of counters, as int64; the key is the seed's 64 bits."""
     keys = [seed & _LOW, (seed >> 32) & _LOW]
     for _ in range(PHILOX_ROUNDS):
         (high0, low0), (high1, low1) = (_wide_product(m, c) for m, c in zip(_MULTIPLIERS, counters[::2]))
         counters = [high1 ^ counters[1] ^ keys[0], low1, high0 ^ counters[3] ^ keys[1], low0]
         keys = [(key + step_) & _LOW for key, step_ in zip(keys, _KEY_STEPS)]
-    words = torch.stack(counters)
-    picked = words.gather(0, ((tokens // 16) % 4).expand(1, draws.shape[0], -1)).squeeze(0)
-    # In float32, as the kernels do, and held below one so that every token has a finite time.
-    return (picked.float() * 2.0**-32 + 2.0**-33).clamp(max=1 - 2.0**-24).double()
+    return counters
 
 
 def _wide_product(multiplier: int, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,188 @@
+"""norm_sim: p-norm of the similarities of each row to a target set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from llmkern._library import bad_value, define_op
+from llmkern.ops.embeddings import Embeddings, check_embeddings, check_precision, compute_dtype, row_blocks, widen
+
+
+def norm_sim_reference(x: Tensor, target: Tensor, p: float, bf16: bool) -> tuple[Tensor, Tensor]:
+    """(N,) in fp32 (float64), and for p = inf the row of the target that is nearest, int64 (N,), else zeros."""
+    g = widen(target, bf16)
+    parts, winners = [], []
+    for block in row_blocks(len(x), max(len(target), x.shape[1])):
+        s = (widen(x[block], bf16) @ g.t()).abs()
+        if p == math.inf:
+            values, indices = s.max(1)
+            parts.append(values)
+            winners.append(indices)
+        else:
+            top = s.amax(1, keepdim=True)
+            # By its largest entry, so that no power leaves the range of the dtype.
+            safe = torch.where((top > 0) & top.isfinite(), top, torch.ones_like(top)).detach()
+            parts.append(safe.squeeze(1) * (s / safe).pow(p).sum(1).pow(1 / p))
+            winners.append(torch.zeros(len(s), dtype=torch.int64, device=s.device))
+    if not parts:
+        return x.new_empty(0, dtype=g.dtype), torch.empty(0, dtype=torch.int64, device=x.device)
+    return torch.cat(parts), torch.cat(winners)
+
+
+def norm_sim_backward_reference(
+    dout: Tensor, x: Tensor, target: Tensor, out: Tensor, winners: Tensor, p: float, needs: Sequence[bool]
+) -> list[Tensor]:
+    """Gradients of (x, target): with s = f . t, ds = dout sign(s) (|s| / out)^(p - 1), for p = inf of the winner."""
+    g = widen(target)
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else dout.new_empty(0)
+    dtarget = torch.zeros_like(g, memory_format=torch.contiguous_format) if needs[1] else dout.new_empty(0)
+    for block in row_blocks(len(x), x.shape[1] if p == math.inf else max(len(target), x.shape[1])):
+        f, upstream = widen(x[block]), dout[block].unsqueeze(1)
+        if p == math.inf:
+            near = widen(target[winners[block]])
+            ds = upstream * (f * near).sum(1, keepdim=True).sign()
+            if needs[0]:
+                dx[block] = (ds * near).to(x.dtype)
+            if needs[1]:
+                dtarget.index_add_(0, winners[block], ds * f)
+            continue
+        s = f @ g.t()
+        norm = out[block].unsqueeze(1)
+        share = torch.where(norm > 0, s.abs() / norm, torch.zeros_like(s)).pow(p - 1)
+        ds = torch.where(s == 0, torch.zeros_like(s), upstream * s.sign() * share)
+        if needs[0]:
+            dx[block] = (ds @ g).to(x.dtype)
+        if needs[1]:
+            dtarget += ds.t() @ f
+    return [dx, dtarget.to(target.dtype) if needs[1] else dtarget]
+
+
+define_op(
+    "norm_sim_fwd",
+    "(Tensor x, Tensor target, float p, bool bf16) -> (Tensor, Tensor)",
+    stem="pairwise_scores",
+    reference=norm_sim_reference,
+    fake=lambda x, target, p, bf16: (
+        x.new_empty(x.shape[0], dtype=compute_dtype(x.dtype)),
+        x.new_empty(x.shape[0], dtype=torch.int64),
+    ),
+)
+define_op(
+    "norm_sim_bwd",
+    "(Tensor dout, Tensor x, Tensor target, Tensor out, Tensor winners, float p, bool[] needs) -> Tensor[]",
+    stem="pairwise_scores",
+    reference=norm_sim_backward_reference,
+    fake=lambda dout, x, target, out, winners, p, needs: [
+        torch.empty(like.shape, dtype=like.dtype, device=like.device) if need else dout.new_empty(0)
+        for like, need in zip((x, target), needs)
+    ],
+)
+
+
+class _NormSim(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, target: Tensor, p: float, bf16: bool) -> tuple[Tensor, Tensor]:
+        return torch.ops.llmkern.norm_sim_fwd(x, target, p, bf16)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, target, ctx.p, _ = inputs
+        ctx.save_for_backward(x, target, *output)
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        needs = list(ctx.needs_input_grad[:2])
+        grads = torch.ops.llmkern.norm_sim_bwd(dout.contiguous(), *ctx.saved_tensors, ctx.p, needs)
+        return *(grad if need else None for grad, need in zip(grads, needs)), None, None
+
+
+def norm_sim(x: Embeddings, target: Embeddings, *, p: float = math.inf, precision: str = "fp32") -> Tensor:
+    r"""NormSim of each row (arXiv 2405.19547): the p-norm of its similarities to a target set.
+
+    .. math::  score_i = \Big( \sum_t |x_i \cdot g_t|^p \Big)^{1/p}, \qquad p = \infty:\ \max_t |x_i \cdot g_t|
+
+    Args:
+        x: (N, d) in float32, float16, bfloat16 or float64, a tensor or an array (np.memmap included).
+        target: (M, d), the rows g_t, at least one.
+        p: at least 1, or infinity. For p = 2 and M > d this is sqrt(x^T G^T G x), the ranking of ``vas_score``, and
+            taken so: d^2 flops a row in place of 2 M d, with rounding of sqrt(eps) where a row is all but orthogonal to
+            the target.
+        precision: ``"fp32"``, or ``"bf16"``: operands rounded to bf16 and products summed in fp32, which is faster
+            where the machine multiplies bf16 matrices, and only there.
+
+    Returns:
+        (N,) in float32 (float64 for float64). A row of zeros scores 0; a row of x with NaN scores NaN; NaN in the
+        target makes every score NaN. Nothing overflows by the power alone, for any p.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes, devices or options that do not fit.
+
+    Differentiable once in x and target; for p = inf through the nearest row, the first of equals. 2 N M d flops; memory
+    of a few blocks of rows.
+    """
+    op = "norm_sim"
+    x = check_embeddings(op, "x", x)
+    target = check_embeddings(op, "target", target, like=x)
+    if len(target) == 0:
+        raise bad_value(op, "target of at least one row", tuple(target.shape))
+    if not p >= 1:
+        raise bad_value(op, "p of at least 1, or infinity", p)
+    bf16 = check_precision(op, precision)
+    if p == 2 and len(target) > x.shape[1]:
+        return _by_moment(x, target, precision)
+    if torch.is_grad_enabled() and (x.requires_grad or target.requires_grad):
+        return _NormSim.apply(x, target, float(p), bf16)[0]
+    return torch.ops.llmkern.norm_sim_fwd(x, target, float(p), bf16)[0]
+
+
+def _by_moment(x: Tensor, target: Tensor, precision: str) -> Tensor:
+    from llmkern.ops.vas_score import vas_score
+
+    return _SafeSqrt.apply(vas_score(x, _Gram.apply(target), precision=precision))
+
+
+class _Gram(torch.autograd.Function):
+    """G^T G, in blocks of rows."""
+
+    @staticmethod
+    def forward(ctx: Any, target: Tensor) -> Tensor:
+        ctx.save_for_backward(target)
+        total = target.new_zeros(target.shape[1], target.shape[1], dtype=compute_dtype(target.dtype))
+        for block in row_blocks(*target.shape):
+            rows = widen(target[block])
+            total += rows.t() @ rows
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dgram: Tensor) -> Tensor:
+        (target,) = ctx.saved_tensors
+        both = dgram + dgram.t()
+        dtarget = torch.empty_like(target, memory_format=torch.contiguous_format)
+        for block in row_blocks(*target.shape):
+            dtarget[block] = (widen(target[block]) @ both).to(target.dtype)
+        return dtarget
+
+
+class _SafeSqrt(torch.autograd.Function):
+    """sqrt of what rounding may leave below zero; no gradient at zero, where the norm has none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = x.clamp(min=0).sqrt()
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> Tensor:
+        (out,) = ctx.saved_tensors
+        return torch.where(out > 0, 0.5 * dout / out, torch.zeros_like(out))
