@@ -13,7 +13,9 @@
 namespace llmkern {
 inline namespace CPU_CAPABILITY {
 void register_mix_logits(torch::Library& library);
+void register_pairwise_scores(torch::Library& library);
 void register_sample_mixed(torch::Library& library);
+void register_vas_score(torch::Library& library);
 }  // namespace CPU_CAPABILITY
 
 namespace {
@@ -40,7 +42,9 @@ void register_ops() {
   static bool registered = false;
   if (std::exchange(registered, true)) return;
   register_mix_logits(library);
+  register_pairwise_scores(library);
   register_sample_mixed(library);
+  register_vas_score(library);
 }
 
 }  // namespace

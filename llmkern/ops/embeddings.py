@@ -42,8 +42,8 @@ def check_embeddings(op: str, name: str, x: Embeddings, like: Tensor | None = No
         raise bad_value(op, f"{name} of at least one column", tuple(x.shape))
     if x.dtype not in DTYPES:
         raise bad_type(op, f"{name} in float32, float16, bfloat16 or float64", x.dtype, "cast it")
-    if like is not None and (x.dtype == torch.float64) != (like.dtype == torch.float64):
-        raise bad_type(op, f"{name} in float64 only where all inputs are, here {like.dtype}", x.dtype, "cast it")
+    if like is not None and x.dtype != like.dtype:
+        raise bad_type(op, f"{name} in the dtype of the other rows, {like.dtype}", x.dtype, "cast it")
     if like is not None and x.device != like.device:
         raise bad_value(op, f"{name} on {like.device}", x.device, "move it there")
     return x

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llmkern._library import bad_type, bad_value
+from llmkern._library import bad_value
 from llmkern.ops.embeddings import check_embeddings
 from llmkern.ops.pairwise_scores.two_way_lse import TwoWayLse, scale_tensor
 
@@ -44,8 +44,6 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor | float, *, group
     op = "clip_loss"
     image = check_embeddings(op, "image", image)
     text = check_embeddings(op, "text", text, like=image, rows=len(image))
-    if text.dtype != image.dtype:
-        raise bad_type(op, f"text in the dtype of image, {image.dtype}", text.dtype, "cast it")
     if isinstance(logit_scale, Tensor) and logit_scale.numel() != 1:
         raise bad_value(op, "logit_scale of one element", tuple(logit_scale.shape))
     scale = scale_tensor(logit_scale, image).reshape(())

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from llmkern._library import bad_type, bad_value, define_op
+from llmkern._library import bad_value, define_op
 from llmkern.ops.embeddings import Embeddings, check_embeddings, check_precision, compute_dtype, first_nonfinite_row
 from llmkern.ops.pairwise_scores import paired_dot  # noqa: F401  (defines the op)
 from llmkern.ops.pairwise_scores.two_way_lse import scale_tensor, two_way_lse_reference
@@ -105,8 +105,6 @@ def neg_clip_loss(
     op = "neg_clip_loss"
     image = check_embeddings(op, "image", image).detach()
     text = check_embeddings(op, "text", text, like=image, rows=len(image)).detach()
-    if text.dtype != image.dtype:
-        raise bad_type(op, f"text in the dtype of image, {image.dtype}", text.dtype, "cast it")
     # 1 / T has to be a number of fp32 too, and so has s / T.
     if not 1e-30 <= temperature <= 1e30:
         raise bad_value(op, "temperature in [1e-30, 1e30]", temperature)

@@ -35,27 +35,35 @@ def norm_sim_reference(x: Tensor, target: Tensor, p: float, bf16: bool) -> tuple
     return torch.cat(parts), torch.cat(winners)
 
 
-def norm_sim_backward_reference(
-    dout: Tensor, x: Tensor, target: Tensor, out: Tensor, winners: Tensor, p: float, needs: Sequence[bool]
+def norm_sim_max_backward_reference(
+    dout: Tensor, x: Tensor, target: Tensor, winners: Tensor, needs: Sequence[bool]
 ) -> list[Tensor]:
-    """Gradients of (x, target): with s = f . t, ds = dout sign(s) (|s| / out)^(p - 1), for p = inf of the winner."""
+    """Gradients of (x, target) for p = inf: dout sign(x_i . g_w) goes to x_i and g_w, w the winner."""
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else dout.new_empty(0)
+    dtarget = dout.new_zeros(target.shape) if needs[1] else dout.new_empty(0)
+    for block in row_blocks(*x.shape):
+        f, near = widen(x[block]), widen(target[winners[block]])
+        ds = dout[block].unsqueeze(1) * (f * near).sum(1, keepdim=True).sign()
+        if needs[0]:
+            dx[block] = (ds * near).to(x.dtype)
+        if needs[1]:
+            dtarget.index_add_(0, winners[block], ds * f)
+    return [dx, dtarget.to(target.dtype) if needs[1] else dtarget]
+
+
+def norm_sim_power_backward_reference(
+    dout: Tensor, x: Tensor, target: Tensor, out: Tensor, p: float, needs: Sequence[bool]
+) -> list[Tensor]:
+    """Gradients of (x, target) for finite p: with s = x_i . g_t, ds = dout sign(s) (|s| / out)^(p - 1)."""
     g = widen(target)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if needs[0] else dout.new_empty(0)
     dtarget = torch.zeros_like(g, memory_format=torch.contiguous_format) if needs[1] else dout.new_empty(0)
-    for block in row_blocks(len(x), x.shape[1] if p == math.inf else max(len(target), x.shape[1])):
-        f, upstream = widen(x[block]), dout[block].unsqueeze(1)
-        if p == math.inf:
-            near = widen(target[winners[block]])
-            ds = upstream * (f * near).sum(1, keepdim=True).sign()
-            if needs[0]:
-                dx[block] = (ds * near).to(x.dtype)
-            if needs[1]:
-                dtarget.index_add_(0, winners[block], ds * f)
-            continue
+    for block in row_blocks(len(x), max(len(target), x.shape[1])):
+        f = widen(x[block])
         s = f @ g.t()
         norm = out[block].unsqueeze(1)
         share = torch.where(norm > 0, s.abs() / norm, torch.zeros_like(s)).pow(p - 1)
-        ds = torch.where(s == 0, torch.zeros_like(s), upstream * s.sign() * share)
+        ds = torch.where(s == 0, torch.zeros_like(s), dout[block].unsqueeze(1) * s.sign() * share)
         if needs[0]:
             dx[block] = (ds @ g).to(x.dtype)
         if needs[1]:
@@ -73,16 +81,28 @@ define_op(
         x.new_empty(x.shape[0], dtype=torch.int64),
     ),
 )
-define_op(
-    "norm_sim_bwd",
-    "(Tensor dout, Tensor x, Tensor target, Tensor out, Tensor winners, float p, bool[] needs) -> Tensor[]",
-    stem="pairwise_scores",
-    reference=norm_sim_backward_reference,
-    fake=lambda dout, x, target, out, winners, p, needs: [
-        torch.empty(like.shape, dtype=like.dtype, device=like.device) if need else dout.new_empty(0)
-        for like, need in zip((x, target), needs)
-    ],
-)
+for _name, _schema, _reference in (
+    (
+        "norm_sim_max_bwd",
+        "(Tensor dout, Tensor x, Tensor target, Tensor winners, bool[] needs) -> Tensor[]",
+        norm_sim_max_backward_reference,
+    ),
+    (
+        "norm_sim_power_bwd",
+        "(Tensor dout, Tensor x, Tensor target, Tensor out, float p, bool[] needs) -> Tensor[]",
+        norm_sim_power_backward_reference,
+    ),
+):
+    define_op(
+        _name,
+        _schema,
+        stem="pairwise_scores",
+        reference=_reference,
+        fake=lambda dout, x, target, *rest: [
+            torch.empty(like.shape, dtype=like.dtype, device=like.device) if need else dout.new_empty(0)
+            for like, need in zip((x, target), rest[-1])
+        ],
+    )
 
 
 class _NormSim(torch.autograd.Function):
@@ -100,7 +120,11 @@ class _NormSim(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:2])
-        grads = torch.ops.llmkern.norm_sim_bwd(dout.contiguous(), *ctx.saved_tensors, ctx.p, needs)
+        x, target, out, winners = ctx.saved_tensors
+        if ctx.p == math.inf:
+            grads = torch.ops.llmkern.norm_sim_max_bwd(dout.contiguous(), x, target, winners, needs)
+        else:
+            grads = torch.ops.llmkern.norm_sim_power_bwd(dout.contiguous(), x, target, out, ctx.p, needs)
         return *(grad if need else None for grad, need in zip(grads, needs)), None, None
 
 

@@ -1,0 +1,327 @@
+// All pairs of two sets of rows, a tile at a time: the loop, the two-way log-sum-exp on it, and the gradient of any
+// weighting of the pairs.
+#pragma once
+
+#include <ATen/ops/zeros.h>
+
+#include <vector>
+
+#include "gemm.h"
+
+namespace llmkern {
+inline namespace CPU_CAPABILITY {
+
+// Right rows that are packed at once: 3 MiB of 768 floats, which the third-level cache holds.
+constexpr int64_t kRightRows = 1024;
+// What the weights of one right block may take in the backward pass, where they are kept for the second product.
+constexpr int64_t kWeightBytes = int64_t{24} << 20;
+
+// rows x kTileColumns similarities, c[r * kTileColumns + j] of left row `row` + r and right row `column` + j. Only
+// `columns` of them are live; rows up to padded_rows(rows) are there, of zeros.
+template <typename A>
+struct PairTile {
+  A* c;
+  int64_t row, rows, column, columns, block;
+};
+
+// Panels of right rows, packed by all threads.
+template <typename T>
+void pack_right(const Rows<T>& right, int64_t first, int64_t count, Acc<T>* to) {
+  using A = Acc<T>;
+  const int64_t size = padded_depth<A>(right.width) * kTileColumns<A>;
+  at::parallel_for(0, count_panels<A>(count), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p)
+      pack_rows_as_columns(right, first + p * kTileColumns<A>, count - p * kTileColumns<A>, to + p * size);
+  });
+}
+
+// Calls reduce(tile) for all tiles, by any thread but for the tiles of one left block in order, and after each block of
+// right rows, alone, joined(first right row, count).
+template <typename T, typename Reduce, typename Joined>
+void for_pairs(const Rows<T>& left, int64_t n, const Rows<T>& right, int64_t m, Reduce reduce, Joined joined) {
+  using A = Acc<T>;
+  const int64_t depth = padded_depth<A>(left.width), stride = left_stride<A>(left.width);
+  const int64_t at_once = std::min(kRightRows, count_panels<A>(m) * kTileColumns<A>);
+  const at::Tensor panels = at::empty({at_once * depth}, c10::CppTypeToScalarType<A>::value);
+  const PerThread<A> scratch(kBlockRows * (stride + kTileColumns<A>));
+  for (int64_t column = 0; column < m; column += at_once) {
+    const int64_t columns = std::min(at_once, m - column);
+    A* packed = panels.mutable_data_ptr<A>();
+    pack_right(right, column, columns, packed);
+    at::parallel_for(0, count_blocks(n), 1, [&](int64_t first_block, int64_t last_block) {
+      A* a = scratch.get();
+      A* c = a + kBlockRows * stride;
+      for (int64_t block = first_block; block < last_block; ++block) {
+        const int64_t row = block * kBlockRows, rows = std::min<int64_t>(kBlockRows, n - row);
+        widen_rows(left, row, rows, stride, a);
+        for (int64_t j = 0; j < columns; j += kTileColumns<A>) {
+          panel_product(Left<A>{a, stride}, padded_rows(rows), packed + j * depth, depth, c);
+          reduce(PairTile<A>{c, row, rows, column + j, std::min<int64_t>(kTileColumns<A>, columns - j), block});
+        }
+      }
+    });
+    joined(column, columns);
+  }
+}
+
+template <typename T, typename Reduce>
+void for_pairs(const Rows<T>& left, int64_t n, const Rows<T>& right, int64_t m, Reduce reduce) {
+  for_pairs(left, n, right, m, reduce, [](int64_t, int64_t) {});
+}
+
+// Two-way log-sum-exp ------------------------------------------------------------------------------------------------
+
+// One exponential serves rows and columns where the tile's largest entry can be the shift of all: the largest entry of
+// every row and column lies within this of it, so that what drops out is below rounding. Elsewhere, twice.
+template <typename A>
+constexpr A kCommonShift = std::is_same_v<A, double> ? 300 : 40;
+template <typename A>
+constexpr A kLowest = std::numeric_limits<A>::lowest();
+
+template <typename A>
+class TwoWaySums {
+  using V = Lanes<A>;
+  static constexpr int kWidth = kLanes<A>, kColumns = kTileColumns<A>;
+
+ public:
+  TwoWaySums(int64_t n, int64_t m, A scale)
+      : scale_(scale),
+        n_(n),
+        blocks_(count_blocks(n)),
+        tops_(padded(n), kLowest<A>),
+        sums_(padded(n), A(0)),
+        column_tops_(blocks_ * std::min(kRightRows, count_panels<A>(m) * kColumns)),
+        column_sums_(column_tops_.size()),
+        at_once_(std::min(kRightRows, count_panels<A>(m) * kColumns)) {}
+
+  void add(const PairTile<A>& tile) {
+    alignas(64) A row_tops[kBlockRows + kWidth], row_sums[kBlockRows + kWidth];
+    V column_top[2] = {fill(kLowest<A>), fill(kLowest<A>)}, column_sum[2] = {};
+    A highest = kLowest<A>, lowest = std::numeric_limits<A>::max();
+    const bool whole = tile.columns == kColumns;
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      A* c = tile.c + r * kColumns;
+      if (!whole)
+        for (int64_t j = tile.columns; j < kColumns; ++j) c[j] = 0;
+      V z0 = load(c, All{}) * scale_, z1 = load(c + kWidth, All{}) * scale_;
+      store(c, z0, All{}), store(c + kWidth, z1, All{});
+      if (!whole) {
+        for (int64_t j = tile.columns; j < kColumns; ++j) c[j] = -std::numeric_limits<A>::infinity();
+        z0 = load(c, All{}), z1 = load(c + kWidth, All{});
+      }
+      // NaN on the right of this comparison does not get in; it reaches the sums through the exponential.
+      column_top[0] = z0 > column_top[0] ? z0 : column_top[0];
+      column_top[1] = z1 > column_top[1] ? z1 : column_top[1];
+      const A best = std::max(kLowest<A>, top<A>(z0 > z1 ? z0 : z1));
+      row_tops[r] = best;
+      highest = std::max(highest, best), lowest = std::min(lowest, best);
+    }
+    alignas(64) A column_tops[kColumns];
+    store(column_tops, column_top[0], All{}), store(column_tops + kWidth, column_top[1], All{});
+    for (int64_t j = 0; j < tile.columns; ++j) lowest = std::min(lowest, column_tops[j]);
+
+    const bool common = lowest > highest - kCommonShift<A>;
+    const V shift0 = common ? fill(highest) : column_top[0], shift1 = common ? fill(highest) : column_top[1];
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const A* c = tile.c + r * kColumns;
+      const V z0 = load(c, All{}), z1 = load(c + kWidth, All{});
+      const V e0 = exp_nonpositive(z0 - shift0), e1 = exp_nonpositive(z1 - shift1);
+      column_sum[0] += e0, column_sum[1] += e1;
+      if (common) {
+        row_tops[r] = highest;
+        row_sums[r] = sum<A>(e0 + e1);
+      } else {
+        row_sums[r] = sum<A>(exp_nonpositive(z0 - row_tops[r]) + exp_nonpositive(z1 - row_tops[r]));
+      }
+    }
+    for_lanes<A>(0, tile.rows, [&](int64_t r, auto) {
+      const V held = load(tops_.data() + tile.row + r, All{}), fresh = load(row_tops + r, All{});
+      const V best = fresh > held ? fresh : held;
+      const V total = load(sums_.data() + tile.row + r, All{}) * exp_nonpositive(held - best) +
+                      load(row_sums + r, All{}) * exp_nonpositive(fresh - best);
+      if (tile.rows - r >= kWidth) {
+        store(tops_.data() + tile.row + r, best, All{}), store(sums_.data() + tile.row + r, total, All{});
+      } else {
+        const First rest{static_cast<int>(tile.rows - r)};
+        store(tops_.data() + tile.row + r, best, rest), store(sums_.data() + tile.row + r, total, rest);
+      }
+    });
+    const int64_t at = tile.block * at_once_ + tile.column % at_once_;
+    store(column_tops_.data() + at, shift0, All{}), store(column_tops_.data() + at + kWidth, shift1, All{});
+    store(column_sums_.data() + at, column_sum[0], All{}),
+        store(column_sums_.data() + at + kWidth, column_sum[1], All{});
+  }
+
+  // Log-sum-exp of the columns [first, first + count), over the left blocks in their order.
+  void join_columns(int64_t first, int64_t count, A* columns) const {
+    at::parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j) {
+        A best = kLowest<A>;
+        for (int64_t b = 0; b < blocks_; ++b) best = std::max(best, column_tops_[b * at_once_ + j]);
+        double total = 0;
+        for (int64_t b = 0; b < blocks_; ++b)
+          total += static_cast<double>(column_sums_[b * at_once_ + j]) *
+                   std::exp(double(column_tops_[b * at_once_ + j] - best));
+        columns[first + j] = blocks_ ? best + static_cast<A>(std::log(total)) : -std::numeric_limits<A>::infinity();
+      }
+    });
+  }
+
+  void finish_rows(A* rows) const {
+    for (int64_t i = 0; i < n_; ++i) rows[i] = tops_[i] + static_cast<A>(std::log(static_cast<double>(sums_[i])));
+  }
+
+ private:
+  static int64_t padded(int64_t n) { return n + kWidth; }
+
+  A scale_;
+  int64_t n_, blocks_;
+  std::vector<A> tops_, sums_;
+  // What each left block leaves for the columns of the right block in hand.
+  std::vector<A> column_tops_, column_sums_;
+  int64_t at_once_;
+};
+
+// Gradients ----------------------------------------------------------------------------------------------------------
+
+// w_ij = r_i exp(z_ij - rows_i) + c_j exp(z_ij - columns_j); a tile gets scale w, plus the upstream of the pair itself.
+template <typename A>
+struct LseWeight {
+  const A *rows, *columns, *drows, *dcolumns, *dpairs;
+  A scale;
+  int64_t offset, m;
+
+  void operator()(PairTile<A>& tile, double* weighted_similarity) const {
+    using V = Lanes<A>;
+    V lse[2], upstream[2];
+    for (int half = 0; half < 2; ++half) {
+      const int live = static_cast<int>(std::clamp<int64_t>(tile.columns - half * kLanes<A>, 0, kLanes<A>));
+      const int64_t j = std::min(tile.column + half * kLanes<A>, m);
+      lse[half] = load(columns + j, First{live}), upstream[half] = load(dcolumns + j, First{live});
+    }
+    double total = 0;
+    for (int64_t r = 0; r < tile.rows; ++r) {
+      const int64_t i = tile.row + r;
+      A* c = tile.c + r * kTileColumns<A>;
+      V part{};
+      for (int half = 0; half < 2; ++half) {
+        A* to = c + half * kLanes<A>;
+        const V s = load(to, All{}), z = s * scale;
+        const V w = drows[i] * exp(z - rows[i]) + upstream[half] * exp(z - lse[half]);
+        part += w * s;
+        store(to, w * scale, All{});
+      }
+      total += sum<A>(part);
+      const int64_t own = i + offset - tile.column;
+      if (own >= 0 && own < tile.columns) c[own] += dpairs[i];
+    }
+    *weighted_similarity += total;
+  }
+};
+
+// Where the gradients of the left and right rows go. For half types the left one is summed in a buffer of fp32.
+struct PairGradients {
+  PairGradients(const at::Tensor& left, const at::Tensor& right, bool need_left, bool need_right)
+      : left_type(left.scalar_type()), right_type(right.scalar_type()) {
+    const auto options = left.options().dtype(left_type == at::kDouble ? at::kDouble : at::kFloat);
+    if (need_left) dleft = at::zeros(left.sizes(), options);
+    if (need_right) dright = at::empty(right.sizes(), right.options());
+    none = at::empty({0}, options);
+  }
+  std::vector<at::Tensor> finish() const {
+    return {dleft.defined() ? dleft.to(left_type) : none, dright.defined() ? dright : none};
+  }
+  at::ScalarType left_type, right_type;
+  at::Tensor dleft, dright, none;
+};
+
+// dleft_i = sum_j w_ij right_j and dright_j = sum_i w_ij left_i, w from the similarities by weight(tile, &total): the
+// similarities of all left rows with a block of right rows, made and weighted once, serve both products. Returns the
+// sum of what weight adds to its total, in the order of the blocks.
+template <typename T, typename Weight>
+double pair_gradients(const Rows<T>& left, int64_t n, const Rows<T>& right, int64_t m, const Weight& weight,
+                      const PairGradients& grads) {
+  using A = Acc<T>;
+  constexpr int64_t kColumns = kTileColumns<A>;
+  const int64_t d = left.width, depth = padded_depth<A>(d), stride = left_stride<A>(d), d_panels = count_panels<A>(d);
+  const int64_t tall = (padded_rows(n) + kBlockRows + kColumns - 1) / kColumns * kColumns;
+  const int64_t fitting = kWeightBytes / static_cast<int64_t>(sizeof(A)) / tall / kColumns * kColumns;
+  const int64_t at_once = std::min(std::clamp(fitting, kColumns, kRightRows), count_panels<A>(m) * kColumns);
+  const auto type = c10::CppTypeToScalarType<A>::value;
+  const at::Tensor weights = at::zeros({at_once / kColumns, tall, kColumns}, type);
+  const at::Tensor by_depth = at::empty({at_once * depth}, type),
+                   by_row = at::empty({d_panels, at_once, kColumns}, type);
+  const PerThread<A> scratch(kBlockRows * (std::max(stride, left_stride<A>(2 * kSlice)) + kColumns) +
+                             kBlockRows * at_once);
+  std::vector<double> totals(count_blocks(n), 0.0);
+  A* w = weights.mutable_data_ptr<A>();
+
+  for (int64_t column = 0; column < m; column += at_once) {
+    const int64_t columns = std::min(at_once, m - column), panels = count_panels<A>(columns);
+    A *by_d = by_depth.mutable_data_ptr<A>(), *by_r = by_row.mutable_data_ptr<A>();
+    pack_right(right, column, columns, by_d);
+    if (grads.dleft.defined()) {
+      at::parallel_for(0, d_panels, 1, [&](int64_t first, int64_t last) {
+        for (int64_t e = first; e < last; ++e)
+          pack_matrix(right, column, columns, panels * kColumns, e * kColumns, by_r + e * at_once * kColumns);
+      });
+    }
+    at::parallel_for(0, count_blocks(n), 1, [&](int64_t first_block, int64_t last_block) {
+      A* a = scratch.get();
+      A* c = a + kBlockRows * std::max(stride, left_stride<A>(2 * kSlice));
+      for (int64_t block = first_block; block < last_block; ++block) {
+        const int64_t row = block * kBlockRows, rows = std::min<int64_t>(kBlockRows, n - row);
+        widen_rows(left, row, rows, stride, a);
+        for (int64_t p = 0; p < panels; ++p) {
+          A* tile_weights = w + (p * tall + row) * kColumns;
+          panel_product(Left<A>{a, stride}, padded_rows(rows), by_d + p * kColumns * depth, depth, tile_weights);
+          PairTile<A> tile{tile_weights, row, rows, column + p * kColumns, std::min(kColumns, columns - p * kColumns),
+                           block};
+          weight(tile, &totals[block]);
+          if (tile.columns < kColumns) clear_beyond(tile_weights, rows, tile.columns);
+          std::fill(tile_weights + rows * kColumns, tile_weights + padded_rows(rows) * kColumns, A(0));
+        }
+        if (!grads.dleft.defined()) continue;
+        A* to = grads.dleft.template mutable_data_ptr<A>() + row * d;
+        for (int64_t e = 0; e < d_panels; ++e) {
+          panel_product(Left<A>{w + row * kColumns, kColumns, tall * kColumns}, padded_rows(rows),
+                        by_r + e * at_once * kColumns, panels * kColumns, c);
+          const int64_t live = std::min(kColumns, d - e * kColumns);
+          for (int64_t r = 0; r < rows; ++r)
+            for_lanes<A>(0, live, [&](int64_t j, auto lanes) {
+              A* sum = to + r * d + e * kColumns + j;
+              store(sum, load(sum, lanes) + load(c + r * kColumns + j, All{}), lanes);
+            });
+        }
+      }
+    });
+    if (!grads.dright.defined()) continue;
+    // Blocks of features times the weights: the transposed gradient, over all left rows, 2 kSlice at a time.
+    T* dright = grads.dright.template mutable_data_ptr<T>() + column * d;
+    at::parallel_for(0, count_blocks(d), 1, [&](int64_t first_block, int64_t last_block) {
+      A* a = scratch.get();
+      A* sums = a + kBlockRows * (std::max(stride, left_stride<A>(2 * kSlice)) + kColumns);
+      const int64_t a_stride = left_stride<A>(2 * kSlice);
+      for (int64_t block = first_block; block < last_block; ++block) {
+        const int64_t feature = block * kBlockRows, features = std::min<int64_t>(kBlockRows, d - feature);
+        for (int64_t k = 0; k < n; k += 2 * kSlice) {
+          const int64_t steps = std::min(2 * kSlice, padded_depth<A>(n - k));
+          widen_transposed(left, feature, features, k, steps, n, a_stride, a);
+          for (int64_t p = 0; p < panels; ++p)
+            panel_product(Left<A>{a, a_stride}, padded_rows(features), w + (p * tall + k) * kColumns, steps,
+                          sums + p * kBlockRows * kColumns, k > 0);
+        }
+        for (int64_t j = 0; j < columns; ++j) {
+          const A* from = sums + j / kColumns * kBlockRows * kColumns + j % kColumns;
+          for (int64_t e = 0; e < features; ++e) dright[j * d + feature + e] = n ? from[e * kColumns] : A(0);
+        }
+      }
+    });
+  }
+  double total = 0;
+  for (double part : totals) total += part;
+  return total;
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace llmkern
