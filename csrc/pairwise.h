@@ -15,6 +15,8 @@ inline namespace CPU_CAPABILITY {
 constexpr int64_t kRightRows = 1024;
 // What the weights of one right block may take in the backward pass, where they are kept for the second product.
 constexpr int64_t kWeightBytes = int64_t{24} << 20;
+// Right rows at once there: the weights of one left block (144 KiB) stay in the second-level cache too.
+constexpr int64_t kWeightedRows = 512;
 
 // rows x kTileColumns similarities, c[r * kTileColumns + j] of left row `row` + r and right row `column` + j. Only
 // `columns` of them are live; rows up to padded_rows(rows) are there, of zeros.
@@ -184,7 +186,7 @@ class TwoWaySums {
 
 // Gradients ----------------------------------------------------------------------------------------------------------
 
-// w_ij = r_i exp(z_ij - rows_i) + c_j exp(z_ij - columns_j); a tile gets scale w, plus the upstream of the pair itself.
+// w_ij = r_i exp(z_ij - rows_i) + c_j exp(z_ij - columns_j), plus p_i for the pair itself; a tile gets scale w.
 template <typename A>
 struct LseWeight {
   const A *rows, *columns, *drows, *dcolumns, *dpairs;
@@ -203,6 +205,8 @@ struct LseWeight {
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t i = tile.row + r;
       A* c = tile.c + r * kTileColumns<A>;
+      const int64_t own = i + offset - tile.column;
+      if (own >= 0 && own < tile.columns) total += static_cast<double>(dpairs[i]) * c[own];
       V part{};
       for (int half = 0; half < 2; ++half) {
         A* to = c + half * kLanes<A>;
@@ -212,8 +216,7 @@ struct LseWeight {
         store(to, w * scale, All{});
       }
       total += sum<A>(part);
-      const int64_t own = i + offset - tile.column;
-      if (own >= 0 && own < tile.columns) c[own] += dpairs[i];
+      if (own >= 0 && own < tile.columns) c[own] += dpairs[i] * scale;
     }
     *weighted_similarity += total;
   }
@@ -246,7 +249,7 @@ double pair_gradients(const Rows<T>& left, int64_t n, const Rows<T>& right, int6
   const int64_t d = left.width, depth = padded_depth<A>(d), stride = left_stride<A>(d), d_panels = count_panels<A>(d);
   const int64_t tall = (padded_rows(n) + kBlockRows + kColumns - 1) / kColumns * kColumns;
   const int64_t fitting = kWeightBytes / static_cast<int64_t>(sizeof(A)) / tall / kColumns * kColumns;
-  const int64_t at_once = std::min(std::clamp(fitting, kColumns, kRightRows), count_panels<A>(m) * kColumns);
+  const int64_t at_once = std::min(std::clamp(fitting, kColumns, kWeightedRows), count_panels<A>(m) * kColumns);
   const auto type = c10::CppTypeToScalarType<A>::value;
   const at::Tensor weights = at::zeros({at_once / kColumns, tall, kColumns}, type);
   const at::Tensor by_depth = at::empty({at_once * depth}, type),

@@ -151,7 +151,7 @@ void two_way_lse(const Rows<T>& image, int64_t n, const Rows<T>& text, int64_t m
         if (pairs) {
           for (int64_t r = 0; r < tile.rows; ++r) {
             const int64_t j = tile.row + r + offset - tile.column;
-            if (j >= 0 && j < tile.columns) pairs[tile.row + r] = tile.c[r * kTileColumns<A> + j];
+            if (j >= 0 && j < tile.columns) pairs[tile.row + r] = scale * tile.c[r * kTileColumns<A> + j];
           }
         }
         sums.add(tile);

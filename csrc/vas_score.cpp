@@ -2,10 +2,12 @@
 //
 // x^T S x takes the upper triangle of S + S^T alone, so panel j of the product needs the first j panels' worth of k:
 // half of the work. The second moment sums integers in float64, which is exact, see llmkern/ops/vas_score/moment.py.
-#include <ATen/ops/zeros.h>
+#include <ATen/ops/add.h>
 #include <torch/library.h>
 
-#include "gemm.h"
+#include <vector>
+
+#include "gram.h"
 
 namespace llmkern {
 inline namespace CPU_CAPABILITY {
@@ -98,10 +100,87 @@ at::Tensor vas_score_fwd(const at::Tensor& x, const at::Tensor& sigma, const std
   return out;
 }
 
+// Gradients ----------------------------------------------------------------------------------------------------------
+
+// to_i = factor_i x_i^T matrix.
+template <typename T>
+void scaled_product(const Rows<T>& x, int64_t n, const Acc<T>* factors, const Rows<Acc<T>>& matrix, T* to) {
+  using A = Acc<T>;
+  const int64_t d = x.width, stride = left_stride<A>(d);
+  const SigmaPanels<A> right(matrix, false);
+  const PerThread<A> scratch(kBlockRows * (stride + kTileColumns<A>));
+  at::parallel_for(0, count_blocks(n), 1, [&](int64_t first_block, int64_t last_block) {
+    A* left = scratch.get();
+    A* c = left + kBlockRows * stride;
+    for (int64_t block = first_block; block < last_block; ++block) {
+      const int64_t first = block * kBlockRows, count = std::min<int64_t>(kBlockRows, n - first);
+      widen_rows(x, first, count, stride, left);
+      for (int64_t p = 0; p < count_panels<A>(d); ++p) {
+        panel_product(Left<A>{left, stride}, padded_rows(count), right.panel(p), right.depth(p), c);
+        const int64_t column = p * kTileColumns<A>;
+        for (int64_t r = 0; r < count; ++r)
+          for_lanes<A>(0, std::min<int64_t>(kTileColumns<A>, d - column), [&](int64_t j, auto lanes) {
+            const auto product = load(c + r * kTileColumns<A> + j, All{});
+            store(to + (first + r) * d + column + j, factors[first + r] * product, lanes);
+          });
+      }
+    }
+  });
+}
+
+template <typename T>
+void outer_products(const Rows<T>& x, const Rows<T>& y, int64_t n, const Acc<T>* weights, Acc<T>* to) {
+  using A = Acc<T>;
+  Gram<A> gram(x.width, y.width, false);
+  for (int64_t first = 0; first < n; first += Gram<A>::kRows)
+    gram.add(x, y, first, std::min(Gram<A>::kRows, n - first), weights);
+  for (int64_t p = 0; p < gram.panels(); ++p)
+    for (int64_t i = 0; i < x.width; ++i)
+      for (int64_t c = 0, j = p * kTileColumns<A>; c < kTileColumns<A> && j < y.width; ++c, ++j)
+        to[i * y.width + j] = gram.line(p, i)[c];
+}
+
+std::vector<at::Tensor> vas_score_bwd(const at::Tensor& dout, const at::Tensor& x, const at::Tensor& sigma,
+                                      const std::optional<at::Tensor>& y, const c10::List<bool>& needs) {
+  const at::Tensor left = unit_stride(x), right = y ? unit_stride(*y) : left, upstream = dout.contiguous();
+  std::vector<at::Tensor> grads;
+  for (int i = 0; i < 3; ++i) {
+    const bool need = needs.get(i) && (i < 2 || y);
+    const at::Tensor& like = i == 0 ? x : (i == 1 ? sigma : right);
+    grads.push_back(need ? at::empty(like.sizes(), like.options()) : at::empty({0}, dout.options()));
+  }
+  LLMKERN_DISPATCH(x.scalar_type(), [&] {
+    using A = Acc<scalar_t>;
+    const auto f = rows_of<scalar_t>(left), g = rows_of<scalar_t>(right);
+    const A* weights = upstream.const_data_ptr<A>();
+    if (needs.get(0)) {
+      const at::Tensor matrix = (y ? sigma.t() : at::add(sigma, sigma.t())).contiguous();
+      scaled_product(g, x.size(0), weights, rows_of<A>(matrix), grads[0].mutable_data_ptr<scalar_t>());
+    }
+    if (needs.get(1)) outer_products(f, g, x.size(0), weights, grads[1].mutable_data_ptr<A>());
+    if (y && needs.get(2)) {
+      const at::Tensor matrix = sigma.contiguous();
+      scaled_product(f, x.size(0), weights, rows_of<A>(matrix), grads[2].mutable_data_ptr<scalar_t>());
+    }
+  });
+  return grads;
+}
+
+at::Tensor gram(const at::Tensor& x) {
+  const at::Tensor rows = unit_stride(x);
+  const auto type = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  at::Tensor out = at::empty({x.size(1), x.size(1)}, x.options().dtype(type));
+  LLMKERN_DISPATCH(x.scalar_type(), [&] {
+    using A = Acc<scalar_t>;
+    const auto f = rows_of<scalar_t>(rows);
+    outer_products(f, f, x.size(0), static_cast<const A*>(nullptr), out.mutable_data_ptr<A>());
+  });
+  return out;
+}
+
 // Second moment ------------------------------------------------------------------------------------------------------
 
-// Rows that are transposed and packed at once, and the integers up to which float64 is exact.
-constexpr int64_t kChunkRows = kSlice;
+// The integers up to which float64 is exact, and the largest entry.
 constexpr double kExact = 0x1p53, kLargest = 0x1p26;
 constexpr int64_t kLimb = int64_t{1} << 32;
 
@@ -109,98 +188,74 @@ template <typename T>
 class Moment {
  public:
   Moment(const Rows<T>& x, int64_t n, int exponent, int64_t* limbs)
-      : x_(x),
-        n_(n),
-        d_(x.width),
-        panels_(count_panels<double>(d_)),
-        scale_(std::ldexp(1.0, -exponent)),
-        limbs_(limbs) {
-    const int64_t rows = kBlockRows * count_blocks(d_);
-    integers_ = at::empty({kChunkRows, padded_depth<double>(d_)}, at::kDouble);
-    left_ = at::empty({rows, left_stride<double>(kChunkRows)}, at::kDouble);
-    right_ = at::empty({panels_, kChunkRows * kTileColumns<double>}, at::kDouble);
-    total_ = at::zeros({panels_, rows, kTileColumns<double>}, at::kDouble);
+      : x_(x), n_(n), d_(x.width), scale_(std::ldexp(1.0, -exponent)), limbs_(limbs), gram_(d_, d_, true) {
+    integers_ = at::empty({Gram<double>::kRows, padded_depth<double>(d_)}, at::kDouble);
   }
 
   // First row that holds what it must not, or -1.
   int64_t run() {
     double bound = 0;
-    int64_t pending = 0;
-    for (int64_t row = 0; row < n_; ++row) {
-      const double top = read(row, integers_.mutable_data_ptr<double>() + pending * padded_depth<double>(d_));
-      if (!(top <= kLargest)) return row;
-      if (bound + top * top > kExact) {
-        add_chunk(pending);
-        flush();
-        std::memmove(integers_.mutable_data_ptr<double>(),
-                     integers_.mutable_data_ptr<double>() + pending * padded_depth<double>(d_),
-                     padded_depth<double>(d_) * sizeof(double));
-        pending = 0, bound = 0;
+    std::vector<double> tops(Gram<double>::kRows);
+    for (int64_t first = 0; first < n_; first += Gram<double>::kRows) {
+      const int64_t count = std::min(Gram<double>::kRows, n_ - first);
+      at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
+        for (int64_t r = begin; r < end; ++r) tops[r] = read(first + r, integers_row(r));
+      });
+      int64_t begin = 0;
+      for (int64_t r = 0; r < count; ++r) {
+        if (!(tops[r] <= kLargest)) return first + r;
+        if (bound + tops[r] * tops[r] > kExact) {
+          add_chunk(begin, r - begin);
+          flush();
+          begin = r, bound = 0;
+        }
+        bound += tops[r] * tops[r];
       }
-      bound += top * top;
-      if (++pending == kChunkRows) add_chunk(pending), pending = 0;
+      add_chunk(begin, count - begin);
     }
-    add_chunk(pending);
     flush();
     mirror();
     return -1;
   }
 
  private:
+  // Rows end on a register of floats: that holds as many numbers as two registers of doubles, a step of the depth.
+  double* integers_row(int64_t r) { return integers_.mutable_data_ptr<double>() + r * padded_depth<double>(d_); }
+
   // One row as integers; returns the largest magnitude, NaN where there is one.
-  double read(int64_t row, double* to) {
+  double read(int64_t row, double* to) const {
+    // Adding 1.5 * 2^52 rounds to the nearest integer, ties to even.
+    constexpr double kRounder = 0x1.8p52;
     const T* from = x_(row);
-    double top = 0;
-    for (int64_t k = 0; k < d_; ++k) {
-      const double a = std::nearbyint(static_cast<double>(static_cast<float>(from[k])) * scale_);
-      to[k] = a;
-      const double size = std::fabs(a);
-      top = size <= top ? top : size;
-      if (size != size) return size;
+    for (int64_t k = 0; k < d_; k += kLanes<float>) {
+      const Floats x = load(from + k, First{static_cast<int>(std::min<int64_t>(kLanes<float>, d_ - k))});
+      for (int i = 0; i < kLanes<float>; ++i) {
+        const double scaled = static_cast<double>(x[i]) * scale_;
+        to[k + i] = (scaled + kRounder) - kRounder;
+      }
     }
     std::fill(to + d_, to + padded_depth<double>(d_), 0.0);
-    return top;
+    Doubles top{}, odd{};
+    for (int64_t k = 0; k < padded_depth<double>(d_); k += kLanes<double>) {
+      const Doubles a = load(to + k, All{}), size = a < 0 ? -a : a;
+      top = size > top ? size : top;
+      // NaN where a is NaN or infinite, else zero.
+      odd += a * 0.0;
+    }
+    return llmkern::top<double>(top) + sum<double>(odd);
   }
 
-  // total += a^T a over the pending rows: the blocks on and above the diagonal.
-  void add_chunk(int64_t rows) {
-    if (rows == 0) return;
-    const int64_t depth = padded_depth<double>(rows), stride = left_stride<double>(kChunkRows);
-    const Rows<double> a{integers_.const_data_ptr<double>(), padded_depth<double>(d_), d_};
-    double* left = left_.mutable_data_ptr<double>();
-    double* right = right_.mutable_data_ptr<double>();
-    at::parallel_for(0, count_blocks(d_) + panels_, 1, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) {
-        const int64_t p = i - count_blocks(d_);
-        if (p >= 0) {
-          pack_matrix(a, 0, rows, depth, p * kTileColumns<double>, right + p * kChunkRows * kTileColumns<double>);
-        } else {
-          const int64_t row = i * kBlockRows;
-          widen_transposed(a, row, std::min<int64_t>(kBlockRows, d_ - row), 0, depth, rows, stride,
-                           left + row * stride);
-        }
-      }
-    });
-    double* total = total_.mutable_data_ptr<double>();
-    at::parallel_for(0, panels_, 1, [&](int64_t first, int64_t last) {
-      for (int64_t p = first; p < last; ++p) {
-        for (int64_t row = 0; row < std::min(d_, (p + 1) * kTileColumns<double>); row += kBlockRows) {
-          const int64_t wanted = std::min<int64_t>({kBlockRows, d_ - row, (p + 1) * kTileColumns<double> - row});
-          panel_product(Left<double>{left + row * stride, stride}, padded_rows(wanted),
-                        right + p * kChunkRows * kTileColumns<double>, depth,
-                        total + (p * total_.size(1) + row) * kTileColumns<double>, true);
-        }
-      }
-    });
+  void add_chunk(int64_t begin, int64_t rows) {
+    const Rows<double> a{integers_row(begin), padded_depth<double>(d_), d_};
+    gram_.add(a, a, 0, rows, static_cast<const double*>(nullptr));
   }
 
   // The totals, integers below 2^53, to the limbs.
   void flush() {
-    double* total = total_.mutable_data_ptr<double>();
-    at::parallel_for(0, panels_, 1, [&](int64_t first, int64_t last) {
+    at::parallel_for(0, gram_.panels(), 1, [&](int64_t first, int64_t last) {
       for (int64_t p = first; p < last; ++p) {
-        for (int64_t i = 0; i < std::min(d_, (p + 1) * kTileColumns<double>); ++i) {
-          double* line = total + (p * total_.size(1) + i) * kTileColumns<double>;
+        for (int64_t i = 0; i < gram_.live_rows(p); ++i) {
+          double* line = gram_.line(p, i);
           for (int64_t c = 0, j = p * kTileColumns<double>; c < kTileColumns<double> && j < d_; ++c, ++j) {
             if (j < i) continue;
             const auto whole = static_cast<int64_t>(line[c]) + limbs_[i * d_ + j];
@@ -220,24 +275,32 @@ class Moment {
   }
 
   Rows<T> x_;
-  int64_t n_, d_, panels_;
+  int64_t n_, d_;
   double scale_;
   int64_t* limbs_;
-  at::Tensor integers_, left_, right_, total_;
+  Gram<double> gram_;
+  at::Tensor integers_;
 };
 
 at::Tensor second_moment_sum(const at::Tensor& x, int64_t exponent) {
   const at::Tensor rows = unit_stride(x);
   at::Tensor limbs = at::zeros({2, x.size(1), x.size(1)}, at::kLong);
-  LLMKERN_DISPATCH(x.scalar_type(), [&] {
-    const int64_t bad = Moment<scalar_t>(rows_of<scalar_t>(rows), x.size(0), static_cast<int>(exponent),
-                                         limbs.mutable_data_ptr<int64_t>())
-                            .run();
+  const auto sum = [&]<typename T>(T) {
+    const auto exponent_of_unit = static_cast<int>(exponent);
+    const int64_t bad =
+        Moment<T>(rows_of<T>(rows), x.size(0), exponent_of_unit, limbs.mutable_data_ptr<int64_t>()).run();
     TORCH_CHECK_VALUE(bad < 0,
                       "second_moment: expected finite rows with entries of at most 4 times the bound of the "
                       "accumulator, got others in row ",
                       bad, "; drop or normalise that row, or pass a larger bound");
-  });
+  };
+  if (x.scalar_type() == at::kHalf) {
+    sum(c10::Half());
+  } else if (x.scalar_type() == at::kBFloat16) {
+    sum(c10::BFloat16());
+  } else {
+    sum(0.0f);
+  }
   return limbs;
 }
 
@@ -245,6 +308,8 @@ at::Tensor second_moment_sum(const at::Tensor& x, int64_t exponent) {
 
 void register_vas_score(torch::Library& library) {
   library.impl("vas_score_fwd", &vas_score_fwd);
+  library.impl("vas_score_bwd", &vas_score_bwd);
+  library.impl("gram", &gram);
   library.impl("second_moment_sum", &second_moment_sum);
 }
 

@@ -64,7 +64,8 @@ inline To reinterpret(From x) {
 
 template <typename A>
 inline Lanes<A> fill(A x) {
-  return Lanes<A>{} + x;
+  // Minus zero, not plus: that is x itself for every x, and so one broadcast.
+  return x - Lanes<A>{};
 }
 
 // Loads and stores ---------------------------------------------------------------------------------------------------

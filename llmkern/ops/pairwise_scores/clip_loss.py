@@ -51,7 +51,7 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor | float, *, group
         rows, columns, pairs = TwoWayLse.apply(image, text, scale, 0)
     else:
         rows, columns, pairs = _Spread.apply(image, text, scale, group)
-    share = (0.5 * (rows + columns) - scale * pairs).mean()
+    share = (0.5 * (rows + columns) - pairs).mean()
     return share if group is None else _MeanOfShares.apply(share, group)
 
 

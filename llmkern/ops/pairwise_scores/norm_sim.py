@@ -179,21 +179,15 @@ class _Gram(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, target: Tensor) -> Tensor:
         ctx.save_for_backward(target)
-        total = target.new_zeros(target.shape[1], target.shape[1], dtype=compute_dtype(target.dtype))
-        for block in row_blocks(*target.shape):
-            rows = widen(target[block])
-            total += rows.t() @ rows
-        return total
+        return torch.ops.llmkern.gram(target)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dgram: Tensor) -> Tensor:
+        # Row t is that of the score x^T D x at x = g_t, whose gradient is (D + D^T) g_t.
         (target,) = ctx.saved_tensors
-        both = dgram + dgram.t()
-        dtarget = torch.empty_like(target, memory_format=torch.contiguous_format)
-        for block in row_blocks(*target.shape):
-            dtarget[block] = (widen(target[block]) @ both).to(target.dtype)
-        return dtarget
+        ones = dgram.new_ones(len(target))
+        return torch.ops.llmkern.vas_score_bwd(ones, target, dgram, None, [True, False, False])[0]
 
 
 class _SafeSqrt(torch.autograd.Function):

@@ -1,12 +1,12 @@
 r"""Log-sum-exp of a similarity matrix along rows and columns, from one pass over its blocks, and its gradient.
 
     z_ij = scale f_i . g_j     rows_i = log sum_j exp z_ij     columns_j = log sum_i exp z_ij
-    pairs_i = f_i . g_{i+offset}
+    pairs_i = z_{i,i+offset}
 
-Gradient, with upstream r, c, p: w_ij = r_i exp(z_ij - rows_i) + c_j exp(z_ij - columns_j), and
+Gradient, with upstream r, c, p: w_ij = r_i exp(z_ij - rows_i) + c_j exp(z_ij - columns_j), plus p_i
+where j = i + offset, and
 
-    df_i = scale sum_j w_ij g_j + p_i g_{i+offset}     dg_j = scale sum_i w_ij f_i + p_{j-offset} f_{j-offset}
-    dscale = sum_ij w_ij f_i . g_j
+    df_i = scale sum_j w_ij g_j     dg_j = scale sum_i w_ij f_i     dscale = sum_ij w_ij f_i . g_j
 
 ``columns`` may come from more rows than these (other processes hold them): then it is that of all of them.
 """
@@ -36,7 +36,7 @@ def two_way_lse_reference(
         z = (f @ g.t()) * scale
         rows.append(z.logsumexp(1))
         columns.append(z.logsumexp(0))
-        pairs.append((f * g[block.start + offset : block.stop + offset]).sum(1))
+        pairs.append(z.diagonal(block.start + offset))
     if not rows:
         return g.new_empty(0), columns[0], g.new_empty(0)
     return torch.cat(rows), torch.stack(columns).logsumexp(0), torch.cat(pairs)
@@ -61,16 +61,14 @@ def two_way_lse_backward_reference(
     dscale = rows.new_zeros(()) if needs[2] else rows.new_empty(0)
     for block in row_blocks(len(image), len(text)):
         f = widen(image[block])
-        own = slice(block.start + offset, block.stop + offset)
         s = f @ g.t()
         z = s * scale
         w = drows[block].unsqueeze(1) * (z - rows[block].unsqueeze(1)).exp() + dcolumns * (z - columns).exp()
-        p = dpairs[block].unsqueeze(1)
+        w.diagonal(block.start + offset).add_(dpairs[block])
         if needs[0]:
-            dimage[block] = (scale * (w @ g) + p * g[own]).to(image.dtype)
+            dimage[block] = (scale * (w @ g)).to(image.dtype)
         if needs[1]:
             dtext += scale * (w.t() @ f)
-            dtext[own] += p * f
         if needs[2]:
             dscale += (w * s).sum()
     return [dimage, dtext.to(text.dtype) if needs[1] else dtext, dscale]

@@ -79,6 +79,24 @@ define_op(
 )
 
 
+def gram_reference(x: Tensor) -> Tensor:
+    """x^T x in fp32 (float64)."""
+    total = x.new_zeros(x.shape[1], x.shape[1], dtype=compute_dtype(x.dtype))
+    for block in row_blocks(*x.shape):
+        rows = widen(x[block])
+        total += rows.t() @ rows
+    return total
+
+
+define_op(
+    "gram",
+    "(Tensor x) -> Tensor",
+    stem="vas_score",
+    reference=gram_reference,
+    fake=lambda x: x.new_empty((x.shape[1], x.shape[1]), dtype=compute_dtype(x.dtype)),
+)
+
+
 class _VasScore(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, sigma: Tensor, y: Tensor | None, bf16: bool) -> Tensor:
