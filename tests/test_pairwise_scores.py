@@ -131,7 +131,8 @@ def test_agrees_with_the_definition(
     truth = by_definition(image, text, temperature, batch_size, 3, 11)
     base = by_definition(image, text, temperature, batch_size, 3, 11, torch.float32)
     assert ours.dtype == torch.float32
-    assert_close("score", ours.cpu(), truth, base, torch.float32, 2.0)
+    # Factor 4: log-sums of size 14 are rounded, in either code, and at seven pairs base may be right by luck.
+    assert_close("score", ours.cpu(), truth, base, torch.float32, 4.0)
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.07, 1.0])

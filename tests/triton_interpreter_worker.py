@@ -23,9 +23,11 @@ import triton.language as tl
 from oracle import assert_close, farther, map_tensors, nudge
 from torch import Tensor
 
-from llmkern.kernels import _tiles, mix_logits, sample_mixed
+from llmkern.kernels import _pairs, _tiles, mix_logits, pairwise_scores, sample_mixed, vas_score
 from llmkern.ops.mix_logits import reference as mix_reference
+from llmkern.ops.pairwise_scores import neg_clip_loss, norm_sim, two_way_lse
 from llmkern.ops.sample_mixed import philox_uniform, sample_mixed_reference
+from llmkern.ops.vas_score.score import vas_score_reference
 
 # Two programs a row, and several steps of each, at a few hundred tokens.
 SMALL = _tiles.Tile(block=128, warps=4, row_block=128, row_warps=4, search_block=128)
@@ -231,6 +233,83 @@ def check_splits_do_not_matter() -> None:
     torch.testing.assert_close(many[1], one[1])
 
 
+def check_pairs(
+    kernel: Callable[..., Any],
+    reference: Callable[..., Any],
+    args: tuple[Any, ...],
+    dtype: torch.dtype,
+    factor: float = 2.0,
+) -> Any:
+    """Every floating output by the oracle's rule, others exactly; returns what the kernel gave."""
+
+    def results(function: Callable[..., Any], change: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        out = function(*map_tensors(args, lambda t: change(t) if t.is_floating_point() else t))
+        return [out] if isinstance(out, Tensor) else list(out)
+
+    truth, base = results(reference, torch.Tensor.double), results(reference, torch.Tensor.clone)
+    moved = results(reference, nudge) if dtype == torch.float32 else base
+    ours = results(kernel, torch.Tensor.clone)
+    for i, (got, true, one, other) in enumerate(zip(ours, truth, base, moved)):
+        if got.is_floating_point():
+            assert_close(f"output {i}", got, true, farther(true, one, other), got.dtype, factor)
+        else:
+            assert torch.equal(got, true), f"output {i}"
+    return ours
+
+
+def rows_of(n: int, d: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """Rows of a wider matrix, so that strides count."""
+    padded = torch.full((n, d + 3), math.nan, dtype=dtype)
+    padded[:, :d] = (normal(torch.Generator().manual_seed(seed), n, d) / d**0.25).to(dtype)
+    return padded[:, :d]
+
+
+def check_vas(n: int, d: int, dtype: torch.dtype, cross: bool) -> None:
+    x, y = rows_of(n, d, dtype, 0), rows_of(n, d, dtype, 1) if cross else None
+    check_pairs(vas_score.vas_score_fwd, vas_score_reference, (x, rows_of(d, d, torch.float32, 2), y, False), dtype)
+
+
+def check_norm_sim(n: int, m: int, d: int, dtype: torch.dtype, p: float) -> None:
+    x, target = rows_of(n, d, dtype, 0), rows_of(m, d, dtype, 1)
+    # Powers come from logarithms, which are rounded at the size of p.
+    factor = 2.0 if p == math.inf else 8.0
+    out, _ = check_pairs(
+        pairwise_scores.norm_sim_fwd, norm_sim.norm_sim_reference, (x, target, p, False), dtype, factor
+    )
+    if p != math.inf:
+        args = (torch.ones(n), x, target, out, p, [True, True])
+        check_pairs(pairwise_scores.norm_sim_power_bwd, norm_sim.norm_sim_power_backward_reference, args, dtype, factor)
+
+
+def check_lse(n: int, m: int, d: int, dtype: torch.dtype, offset: int) -> None:
+    image, text, scale = rows_of(n, d, dtype, 0), rows_of(m, d, dtype, 1), torch.tensor(3.0)
+    forward = (image, text, scale, offset, False)
+    rows, columns, _ = check_pairs(
+        pairwise_scores.two_way_lse_fwd, two_way_lse.two_way_lse_reference, forward, dtype, 4.0
+    )
+    generator = torch.Generator().manual_seed(5)
+    upstream = [normal(generator, size).float() for size in (n, m, n)]
+    args = (image, text, scale, rows, columns, *upstream, offset, [True] * 3)
+    check_pairs(pairwise_scores.two_way_lse_bwd, two_way_lse.two_way_lse_backward_reference, args, dtype, 4.0)
+    if n == m:
+        order, bounds = torch.randperm(n, generator=generator), [0, n // 3, n]
+        args = (image, text, scale, order, bounds, False)
+        check_pairs(pairwise_scores.negatives, neg_clip_loss.negatives_reference, args, dtype, 4.0)
+
+
+def check_bad_rows_of_pairs() -> None:
+    x, target = rows_of(20, 9, torch.float32, 0), rows_of(30, 9, torch.float32, 1)
+    for p in (math.inf, 3.0):
+        clean, _ = pairwise_scores.norm_sim_fwd(x, target, p, False)
+        spoilt = x.clone()
+        spoilt[3], spoilt[17, 2] = 0, math.nan
+        scores, _ = pairwise_scores.norm_sim_fwd(spoilt, target, p, False)
+        assert scores[3] == 0
+        assert scores[17].isnan()
+        others = [i for i in range(20) if i not in (3, 17)]
+        assert torch.equal(scores[others], clean[others])
+
+
 def mixes() -> Iterator[tuple[Any, ...]]:
     """(width, dtype, divergence, exact, reference, carry, weights) without the combinations that no mix admits."""
     divergences = ("reverse_kl", "forward_kl", "alpha", "jsd")
@@ -269,6 +348,16 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield named(check_sampling, "mixed", 17, torch.float32, "reverse_kl", 1)
     yield named(check_sampling, "mixed", 1, torch.float32, "reverse_kl", 1)
     yield named(check_splits_do_not_matter)
+    for dtype in (torch.float32, torch.float16):
+        yield named(check_vas, 21, 37, dtype, False)
+        yield named(check_vas, 16, 16, dtype, True)
+        for p in (math.inf, 1.0, 3.5):
+            yield named(check_norm_sim, 19, 37, 21, dtype, p)
+        yield named(check_lse, 35, 35, 20, dtype, 0)
+        yield named(check_lse, 18, 50, 33, dtype, 7)
+    yield named(check_vas, 1, 1, torch.float32, False)
+    yield named(check_lse, 1, 1, 1, torch.float32, 0)
+    yield named(check_bad_rows_of_pairs)
 
 
 def main() -> None:
@@ -276,7 +365,13 @@ def main() -> None:
     warnings.simplefilter("ignore", RuntimeWarning)
     torch.set_num_threads(1)
     wanted = set(sys.stdin.read().split())
-    with mock.patch.multiple(_tiles, tile_for=lambda x, rows: SMALL, MAX_SPLITS=SPLITS):
+    small_pairs = dict.fromkeys(_pairs.PAIR_TILES, (16, 16, 16, 4, 2))
+    with (
+        mock.patch.multiple(_tiles, tile_for=lambda x, rows: SMALL, MAX_SPLITS=SPLITS),
+        mock.patch.dict(_pairs.PAIR_TILES, small_pairs),
+        # The weights of a few rows at a time.
+        mock.patch.object(pairwise_scores, "WORKSPACE", 600),
+    ):
         for name, check in cases():
             if name not in wanted:
                 continue

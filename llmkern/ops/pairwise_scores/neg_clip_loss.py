@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -42,16 +44,25 @@ def random_order(n: int, seed: int, index: int, device: torch.device) -> Tensor:
     return (((words[0] & 0x7FFFFFFF) << 31) | (words[1] >> 1)).argsort(stable=True)
 
 
-def negatives_reference(
-    image: Tensor, text: Tensor, scale: Tensor, order: Tensor, bounds: list[int], bf16: bool
+def negatives_by(
+    two_way_lse: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    image: Tensor,
+    text: Tensor,
+    scale: Tensor,
+    order: Tensor,
+    bounds: Sequence[int],
+    bf16: bool,
 ) -> Tensor:
     """rows + columns of ``two_way_lse`` for each pair within its batch, less 2 log of the size of the batch."""
     out = scale.new_empty(len(image))
     for start, stop in itertools.pairwise(bounds):
         batch = order[start:stop]
-        rows, columns, _ = two_way_lse_reference(image[batch], text[batch], scale, 0, bf16)
+        rows, columns, _ = two_way_lse(image[batch], text[batch], scale, 0, bf16)
         out[batch] = rows + columns - 2 * math.log(max(1, stop - start))
     return out
+
+
+negatives_reference = functools.partial(negatives_by, two_way_lse_reference)
 
 
 define_op(
