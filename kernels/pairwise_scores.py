@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llmkern.kernels._pairs import pair_tile, pairs_entry, similarity_tile
 from llmkern.kernels._tiles import INF, architecture, device_guard, lowest, unit_stride
-from llmkern.ops.pairwise_scores import neg_clip_loss as division
+from llmkern.ops.pairwise_scores.neg_clip_loss import negatives_by
 from llmkern.ops.pairwise_scores.norm_sim import norm_sim_max_backward_reference as norm_sim_max_bwd  # noqa: F401
 from llmkern.ops.pairwise_scores.norm_sim import norm_sim_power_backward_reference, norm_sim_reference
 from llmkern.ops.pairwise_scores.paired_dot import paired_dot_reference as paired_dot  # noqa: F401
@@ -53,7 +53,7 @@ def norm_sim_fwd_kernel(
     # Zero, or NaN from the first tile on that holds any: comparisons would pass over it.
     odd = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, m, BLOCK_M):
-        columns = start.to(tl.int64) + tl.arange(0, BLOCK_M)
+        columns = start + tl.arange(0, BLOCK_M).to(tl.int64)
         s = similarity_tile(
             left, right, rows, columns, n, m, left_stride, right_stride, D, BF16, BLOCK_N, BLOCK_M, BLOCK_D
         )
@@ -103,7 +103,7 @@ def two_way_lse_fwd_kernel(
     total = tl.zeros((BLOCK_N,), tl.float32)
     pair = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, m, BLOCK_M):
-        columns = start.to(tl.int64) + tl.arange(0, BLOCK_M)
+        columns = start + tl.arange(0, BLOCK_M).to(tl.int64)
         z = tau * similarity_tile(
             left, right, rows, columns, n, m, left_stride, right_stride, D, BF16, BLOCK_N, BLOCK_M, BLOCK_D
         )
@@ -153,7 +153,7 @@ def lse_weights_kernel(
     own_upstream = tl.load(dpairs + rows, live, other=0.0)
     total = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, m, BLOCK_M):
-        columns = start.to(tl.int64) + tl.arange(0, BLOCK_M)
+        columns = start + tl.arange(0, BLOCK_M).to(tl.int64)
         s = similarity_tile(
             left, right, rows, columns, n, m, left_stride, right_stride, D, BF16, BLOCK_N, BLOCK_M, BLOCK_D
         )
@@ -191,7 +191,7 @@ def norm_weights_kernel(
     norm = tl.load(norms + rows, rows < n, other=1.0)
     upstream = tl.load(dout + rows, rows < n, other=0.0)
     for start in range(0, m, BLOCK_M):
-        columns = start.to(tl.int64) + tl.arange(0, BLOCK_M)
+        columns = start + tl.arange(0, BLOCK_M).to(tl.int64)
         s = similarity_tile(
             left, right, rows, columns, n, m, left_stride, right_stride, D, BF16, BLOCK_N, BLOCK_M, BLOCK_D
         )
@@ -268,7 +268,7 @@ def two_way_lse_fwd(
 
 def negatives(image: Tensor, text: Tensor, scale: Tensor, order: Tensor, bounds: Sequence[int], bf16: bool) -> Tensor:
     """As ``negatives_reference``."""
-    return division.negatives_by(two_way_lse_fwd, image, text, scale, order, bounds, bf16)
+    return negatives_by(two_way_lse_fwd, image, text, scale, order, bounds, bf16)
 
 
 def two_way_lse_bwd(

@@ -25,7 +25,9 @@ from torch import Tensor
 
 from llmkern.kernels import _pairs, _tiles, mix_logits, pairwise_scores, sample_mixed, vas_score
 from llmkern.ops.mix_logits import reference as mix_reference
-from llmkern.ops.pairwise_scores import neg_clip_loss, norm_sim, two_way_lse
+from llmkern.ops.pairwise_scores.neg_clip_loss import negatives_reference
+from llmkern.ops.pairwise_scores.norm_sim import norm_sim_power_backward_reference, norm_sim_reference
+from llmkern.ops.pairwise_scores.two_way_lse import two_way_lse_backward_reference, two_way_lse_reference
 from llmkern.ops.sample_mixed import philox_uniform, sample_mixed_reference
 from llmkern.ops.vas_score.score import vas_score_reference
 
@@ -273,28 +275,24 @@ def check_norm_sim(n: int, m: int, d: int, dtype: torch.dtype, p: float) -> None
     x, target = rows_of(n, d, dtype, 0), rows_of(m, d, dtype, 1)
     # Powers come from logarithms, which are rounded at the size of p.
     factor = 2.0 if p == math.inf else 8.0
-    out, _ = check_pairs(
-        pairwise_scores.norm_sim_fwd, norm_sim.norm_sim_reference, (x, target, p, False), dtype, factor
-    )
+    out, _ = check_pairs(pairwise_scores.norm_sim_fwd, norm_sim_reference, (x, target, p, False), dtype, factor)
     if p != math.inf:
         args = (torch.ones(n), x, target, out, p, [True, True])
-        check_pairs(pairwise_scores.norm_sim_power_bwd, norm_sim.norm_sim_power_backward_reference, args, dtype, factor)
+        check_pairs(pairwise_scores.norm_sim_power_bwd, norm_sim_power_backward_reference, args, dtype, factor)
 
 
 def check_lse(n: int, m: int, d: int, dtype: torch.dtype, offset: int) -> None:
     image, text, scale = rows_of(n, d, dtype, 0), rows_of(m, d, dtype, 1), torch.tensor(3.0)
     forward = (image, text, scale, offset, False)
-    rows, columns, _ = check_pairs(
-        pairwise_scores.two_way_lse_fwd, two_way_lse.two_way_lse_reference, forward, dtype, 4.0
-    )
+    rows, columns, _ = check_pairs(pairwise_scores.two_way_lse_fwd, two_way_lse_reference, forward, dtype, 4.0)
     generator = torch.Generator().manual_seed(5)
     upstream = [normal(generator, size).float() for size in (n, m, n)]
     args = (image, text, scale, rows, columns, *upstream, offset, [True] * 3)
-    check_pairs(pairwise_scores.two_way_lse_bwd, two_way_lse.two_way_lse_backward_reference, args, dtype, 4.0)
+    check_pairs(pairwise_scores.two_way_lse_bwd, two_way_lse_backward_reference, args, dtype, 4.0)
     if n == m:
         order, bounds = torch.randperm(n, generator=generator), [0, n // 3, n]
         args = (image, text, scale, order, bounds, False)
-        check_pairs(pairwise_scores.negatives, neg_clip_loss.negatives_reference, args, dtype, 4.0)
+        check_pairs(pairwise_scores.negatives, negatives_reference, args, dtype, 4.0)
 
 
 def check_bad_rows_of_pairs() -> None:
