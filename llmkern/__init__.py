@@ -6,7 +6,7 @@ from llmkern._library import load_cpu_module as _load_cpu_module
 from llmkern.ops.mix_logits import mix_hidden_states, mix_logits
 from llmkern.ops.pairwise_scores import clip_loss, neg_clip_loss, norm_sim
 from llmkern.ops.sample_mixed import sample_mixed
-from llmkern.ops.vas_score import SecondMoment, second_moment, vas_score
+from llmkern.ops.vas_score import SecondMoment, second_moment, vas_score, vas_top
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "SecondMoment",
     "second_moment",
     "vas_score",
+    "vas_top",
     "norm_sim",
     "neg_clip_loss",
     "clip_loss",

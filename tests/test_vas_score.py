@@ -210,3 +210,59 @@ def test_scores_refuse() -> None:
     ):
         with pytest.raises(TypeError, match=sentence):
             call()
+
+
+# The rows of highest score --------------------------------------------------------------------------------------------
+
+
+def falling_spectrum(n: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows and a target whose variance falls as that of embeddings does, and their second moment."""
+    scales = torch.arange(1, d + 1) ** -1.0
+    rows = [torch.nn.functional.normalize(torch.randn(m, d) * scales, dim=1).to(dtype) for m in (n, 3 * d)]
+    return rows[0], llmkern.second_moment(rows[1].float())
+
+
+def top_by_full_scores(x: Tensor, sigma: Tensor, count: int) -> list[int]:
+    scores = llmkern.vas_score(x, sigma)
+    return sorted(scores.argsort(descending=True, stable=True)[:count].tolist())
+
+
+@pytest.mark.parametrize("screen", ["low_rank", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("count", [0, 1, 300, 999, 1000])
+def test_top_is_that_of_the_full_scores(screen: str, dtype: torch.dtype, count: int, device: str) -> None:
+    x, sigma = (t.to(device) for t in falling_spectrum(1000, 60, dtype))
+    x[500:520] = x[3]
+    top = llmkern.vas_top(x, sigma, count, screen=screen, rank=12)
+    assert top.indices.tolist() == top_by_full_scores(x, sigma, count)
+
+
+def test_screening_spares_work() -> None:
+    x, sigma = falling_spectrum(4000, 100, torch.float16)
+    assert 0 < llmkern.vas_top(x, sigma, 1200, rank=30).rescored < 400
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 9))
+def test_top_for_any_matrix(seed: int, rank: int) -> None:
+    """Neither symmetric nor definite, with equal scores among the rows."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(-2, 3, (60, 8), generator=generator).float()
+    sigma = torch.randn(8, 8, generator=generator)
+    for screen in ("low_rank", "bf16"):
+        top = llmkern.vas_top(x, sigma, 20, screen=screen, rank=rank)
+        assert top.indices.tolist() == top_by_full_scores(x, sigma, 20)
+
+
+def test_top_refuses() -> None:
+    x, sigma = torch.randn(6, 4), torch.eye(4)
+    x[2, 1] = math.nan
+    for call, sentence in (
+        (lambda: llmkern.vas_top(x, sigma, 2), "finite rows, got NaN, infinity or overflow at row 2"),
+        (lambda: llmkern.vas_top(x, sigma, 7), "count between 0 and the number of rows, 6, got 7"),
+        (lambda: llmkern.vas_top(x, sigma, 2, screen="fp8"), "one of low_rank, bf16, got 'fp8'"),
+        (lambda: llmkern.vas_top(x, sigma, 2, rank=0), "rank of at least 1, got 0"),
+        (lambda: llmkern.vas_top(x, sigma[:2], 2), "sigma as a tensor of shape"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            call()
