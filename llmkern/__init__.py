@@ -5,16 +5,22 @@ from pathlib import Path as _Path
 from llmkern._library import load_cpu_module as _load_cpu_module
 from llmkern.ops.mix_logits import mix_hidden_states, mix_logits
 from llmkern.ops.pairwise_scores import clip_loss, neg_clip_loss, norm_sim
+from llmkern.ops.rope_attention import AttentionPlan, RopeAttentionState, Rotary, plan_attention, rope_attention
 from llmkern.ops.sample_mixed import sample_mixed
 from llmkern.ops.vas_score import SecondMoment, second_moment, vas_score, vas_top
 
 __version__ = "0.1.0"
 __all__ = [
-    "mix_hidden_states",
+    "rope_attention",
+    "plan_attention",
+    "AttentionPlan",
+    "RopeAttentionState",
+    "Rotary",
     "mix_logits",
+    "mix_hidden_states",
     "sample_mixed",
-    "SecondMoment",
     "second_moment",
+    "SecondMoment",
     "vas_score",
     "vas_top",
     "norm_sim",

@@ -1,0 +1,177 @@
+"""Public functions of attention with a certificate, its ops and its gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from llmkern._library import bad_type, bad_value, define_op
+from llmkern.ops.rope_attention.arguments import Arguments, check_arguments
+from llmkern.ops.rope_attention.exact import exact_attention
+from llmkern.ops.rope_attention.plan import AttentionPlan, make_plan
+from llmkern.ops.rope_attention.reference import (
+    compute_dtype,
+    rope_attention_backward_reference,
+    rope_attention_reference,
+)
+from llmkern.ops.rope_attention.rotary import Rotary
+from llmkern.polynomial import monomials
+
+
+def _fake_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    table: Tensor,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    is_causal: bool,
+    degree: int,
+    contact: int,
+    leading: int,
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    dtype = compute_dtype(q.dtype)
+    rows = monomials(int(q.shape[3]), degree, leading).count + 1
+    return (
+        v.new_empty((*q.shape[:3], v.shape[3])),
+        q.new_empty(q.shape[:3], dtype=dtype),
+        q.new_empty(q.shape[:3], dtype=torch.bool),
+        q.new_empty((table.shape[0], k.shape[1], rows, v.shape[3] + 1), dtype=dtype),
+    )
+
+
+define_op(
+    "rope_attention_fwd",
+    "(Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor table, Tensor? cu_q, Tensor? cu_k, bool is_causal,"
+    " int degree, int contact, int leading, int chunk, float rtol) -> (Tensor, Tensor, Tensor, Tensor)",
+    stem="rope_attention",
+    reference=rope_attention_reference,
+    fake=_fake_forward,
+)
+define_op(
+    "rope_attention_bwd",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor table, Tensor? cu_q, Tensor? cu_k,"
+    " Tensor out, Tensor normalizer, Tensor exact_rows, Tensor state, bool is_causal, int degree, int contact,"
+    " int leading, int chunk) -> (Tensor, Tensor, Tensor, Tensor)",
+    stem="rope_attention",
+    reference=rope_attention_backward_reference,
+    fake=lambda grad, q, k, v, key_bias, *_: (
+        torch.empty(q.shape, dtype=q.dtype, device=q.device),
+        torch.empty(k.shape, dtype=k.dtype, device=q.device),
+        torch.empty(v.shape, dtype=v.dtype, device=q.device),
+        grad.new_empty(0) if key_bias is None else torch.empty(key_bias.shape, dtype=key_bias.dtype, device=q.device),
+    ),
+)
+
+
+class _PolynomialAttention(torch.autograd.Function):
+    """Of q and k in the dtype of computation (scaled, shifted), v in any, and the bias of each key."""
+
+    @staticmethod
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_bias: Tensor | None,
+        table: Tensor,
+        cu_q: Tensor | None,
+        cu_k: Tensor | None,
+        options: tuple[Any, ...],
+        rtol: float,
+    ) -> tuple[Tensor, ...]:
+        return torch.ops.llmkern.rope_attention_fwd(q, k, v, key_bias, table, cu_q, cu_k, *options, rtol)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.options, _ = inputs
+        ctx.save_for_backward(*tensors, *output)
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grads = torch.ops.llmkern.rope_attention_bwd(grad, *ctx.saved_tensors, *ctx.options)
+        needed = [g if need else None for g, need in zip(grads, ctx.needs_input_grad)]
+        return *needed, None, None, None, None, None
+
+
+def polynomial_attention(args: Arguments, plan: AttentionPlan, is_causal: bool) -> Tensor:
+    assert plan.table is not None
+    dtype = compute_dtype(args.q.dtype)
+    q, k = plan.transform_queries(args.q.to(dtype)), plan.transform_keys(args.k.to(dtype))
+    bias = None
+    if args.key_mask is not None:
+        bias = torch.zeros(args.key_mask.shape, dtype=dtype, device=q.device)
+        bias = bias.masked_fill(~args.key_mask, -torch.inf).unsqueeze(1).expand(k.shape[:3]).contiguous()
+        k = k.masked_fill(~args.key_mask[:, None, :, None], 0)
+    options = (is_causal, plan.degree, plan.contact, plan.leading, plan.chunk)
+    tensors = (q, k, args.v, bias, plan.table, args.cu_q, args.cu_k)
+    return _PolynomialAttention.apply(*tensors, options, plan.rtol)[0]
+
+
+def rope_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    rotary: Rotary | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    rtol: float = 1e-2,
+    method: str = "auto",
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | tuple[Tensor, Tensor] | None = None,
+    plan: AttentionPlan | None = None,
+) -> Tensor:
+    args = check_arguments("rope_attention", q, k, v, rotary, scale, enable_gqa, rtol, method, key_mask, cu_seqlens)
+    if plan is None:
+        if torch.compiler.is_compiling() and method == "auto":
+            return exact_attention(args, is_causal)
+        plan = make_plan("rope_attention", args, is_causal, rtol, method)
+    else:
+        _check_plan(plan, args, is_causal)
+    if plan.method == "exact":
+        return exact_attention(args, is_causal)
+    return polynomial_attention(args, plan, is_causal)
+
+
+def plan_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    rotary: Rotary | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    rtol: float = 1e-2,
+    method: str = "auto",
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | tuple[Tensor, Tensor] | None = None,
+) -> AttentionPlan:
+    """The plan that ``rope_attention`` would make of the same arguments; see ``AttentionPlan``."""
+    args = check_arguments("plan_attention", q, k, v, rotary, scale, enable_gqa, rtol, method, key_mask, cu_seqlens)
+    return make_plan("plan_attention", args, is_causal, rtol, method)
+
+
+def _check_plan(plan: AttentionPlan, args: Arguments, is_causal: bool) -> None:
+    if not isinstance(plan, AttentionPlan):
+        raise bad_type("rope_attention", "plan as an AttentionPlan", type(plan).__name__)
+    if plan.method == "exact":
+        return
+    assert plan.table is not None
+    sequences = args.q.shape[0] if args.cu_q is None else len(args.cu_q) - 1
+    made, wanted = (*plan.table.shape[:2], plan.dim), (sequences, args.q.shape[1], args.q.shape[3])
+    if (made, plan.is_causal, plan.scale) != (wanted, is_causal, args.scale):
+        raise bad_value(
+            "rope_attention",
+            f"a plan for (sequences, heads, D) {wanted}, is_causal={is_causal} and scale {args.scale:g}",
+            f"one for {made}, is_causal={plan.is_causal} and scale {plan.scale:g}",
+            "make one with plan_attention from tensors of these shapes",
+        )

@@ -1,0 +1,127 @@
+"""Rotary positions in the Hugging Face half-rotation convention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmkern._library import bad_type, bad_value
+
+KINDS = ("default", "linear", "dynamic", "ntk", "yarn")
+
+
+class Rotary:
+    r"""Cos and sin tables: entries t and t + D/2 of a head are turned by position / base^(2t/D).
+
+    .. math::  y = x \cos + [-x_{D/2:}, x_{:D/2}] \sin
+
+    Args:
+        head_dim: how many leading entries of a head turn (all of them, or less: partial rotation); even.
+        base: of the geometric series of frequencies (``rope_theta``).
+        scaling: None, or a mapping as in ``config.rope_parameters`` of transformers: ``rope_type`` one of
+
+            ============  ==========================================================================================
+            ``linear``    positions divided by ``factor``
+            ``ntk``       base times factor^(D/(D-2)): the frequencies of "NTK-aware" scaling, at any length
+            ``dynamic``   the same with a factor that grows with the length beyond ``original_max_position_embeddings``
+            ``yarn``      low frequencies divided by ``factor``, high ones kept, a ramp between (``beta_fast``,
+                          ``beta_slow``, ``truncate``), cos and sin times ``attention_factor`` (or ``mscale``)
+            ============  ==========================================================================================
+
+    ``rotary(x, positions)`` turns x (.., N, D); positions (N,) or (B, N), by default 0 .. N-1. Differentiable in x.
+    """
+
+    def __init__(self, head_dim: int, base: float = 10000.0, scaling: Mapping[str, Any] | None = None) -> None:
+        if not isinstance(head_dim, int) or head_dim < 2 or head_dim % 2:
+            raise bad_value("Rotary", "head_dim as an even number of at least 2", head_dim)
+        if not base > 0:
+            raise bad_value("Rotary", "base above 0", base)
+        self.head_dim, self.base = head_dim, float(base)
+        self.scaling = dict(scaling or {})
+        self.kind = self.scaling.get("rope_type", self.scaling.get("type", "default"))
+        if self.kind not in KINDS:
+            raise bad_value("Rotary", f"rope_type as one of {', '.join(KINDS)}", repr(self.kind))
+        for name, kinds in {"factor": KINDS[1:], "original_max_position_embeddings": ("dynamic", "yarn")}.items():
+            value = self.scaling.get(name)
+            if self.kind in kinds and not (isinstance(value, int | float) and value > 0):
+                raise bad_value("Rotary", f"scaling with {name} above 0 for rope_type {self.kind!r}", value)
+        self.factor = float(self.scaling.get("factor", 1.0))
+        self.original_length = int(self.scaling.get("original_max_position_embeddings") or 0)
+        self.attention_factor = self._attention_factor()
+
+    def __repr__(self) -> str:
+        scaling = f", scaling={self.scaling}" if self.scaling else ""
+        return f"Rotary({self.head_dim}, base={self.base:g}{scaling})"
+
+    def frequencies(self, length: int = 0, device: torch.device | str = "cpu") -> Tensor:
+        """(head_dim / 2,) angles per position, float64; ``length`` matters for ``dynamic`` alone."""
+        d, base, factor = self.head_dim, self.base, self.factor
+        steps = torch.arange(0, d, 2, dtype=torch.float64, device=device) / d
+        if self.kind == "ntk":
+            base *= factor ** (d / max(d - 2, 1))
+        if self.kind == "dynamic":
+            grown = factor * max(length, self.original_length) / self.original_length - (factor - 1)
+            base *= grown ** (d / max(d - 2, 1))
+        plain = base**-steps
+        if self.kind == "linear":
+            return plain / factor
+        if self.kind == "yarn":
+            kept = 1 - self._ramp(device)
+            return plain / factor * (1 - kept) + plain * kept
+        return plain
+
+    def tables(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """cos and sin, (.., head_dim / 2), angles in float64."""
+        length = 0
+        if self.kind == "dynamic":
+            length = int(positions.max()) + 1 if positions.numel() else 0
+        angles = positions.double().unsqueeze(-1) * self.frequencies(length, positions.device)
+        return (angles.cos() * self.attention_factor).to(dtype), (angles.sin() * self.attention_factor).to(dtype)
+
+    def __call__(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        if x.shape[-1] < self.head_dim:
+            raise bad_value("Rotary", f"heads of at least {self.head_dim} entries", x.shape[-1])
+        positions = torch.arange(x.shape[-2], device=x.device) if positions is None else positions
+        if positions.dtype.is_floating_point or positions.shape[-1:] != x.shape[-2:-1]:
+            raise bad_type(
+                "Rotary", f"integer positions of length {x.shape[-2]}", f"{positions.dtype} {tuple(positions.shape)}"
+            )
+        accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
+        cos, sin = self.tables(positions, accumulate)
+        if positions.dim() == 2:
+            cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        half = self.head_dim // 2
+        first, second = x[..., :half].to(accumulate), x[..., half : self.head_dim].to(accumulate)
+        turned = [first * cos - second * sin, second * cos + first * sin]
+        return torch.cat([*(t.to(x.dtype) for t in turned), x[..., self.head_dim :]], -1)
+
+    def _attention_factor(self) -> float:
+        if self.kind != "yarn":
+            return 1.0
+        given = self.scaling.get("attention_factor")
+        if given is not None:
+            return float(given)
+
+        def magnitude(mscale: float) -> float:
+            return 0.1 * mscale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
+
+        mscale, mscale_all = self.scaling.get("mscale"), self.scaling.get("mscale_all_dim")
+        return magnitude(mscale) / magnitude(mscale_all) if mscale and mscale_all else magnitude(1.0)
+
+    def _ramp(self, device: torch.device | str) -> Tensor:
+        """0 where a frequency is kept (many turns within the original length), 1 where it is divided by the factor."""
+        d, fast, slow = self.head_dim, self.scaling.get("beta_fast") or 32, self.scaling.get("beta_slow") or 1
+
+        def dimension(turns: float) -> float:
+            return d * math.log(self.original_length / (turns * 2 * math.pi)) / (2 * math.log(self.base))
+
+        low, high = dimension(fast), dimension(slow)
+        if self.scaling.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, d - 1)
+        steps = torch.arange(d // 2, dtype=torch.float64, device=device)
+        return ((steps - low) / max(high - low, 0.001)).clamp(0, 1)
