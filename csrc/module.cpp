@@ -14,6 +14,7 @@ namespace llmkern {
 inline namespace CPU_CAPABILITY {
 void register_mix_logits(torch::Library& library);
 void register_pairwise_scores(torch::Library& library);
+void register_rope_attention(torch::Library& library);
 void register_sample_mixed(torch::Library& library);
 void register_vas_score(torch::Library& library);
 }  // namespace CPU_CAPABILITY
@@ -43,6 +44,7 @@ void register_ops() {
   if (std::exchange(registered, true)) return;
   register_mix_logits(library);
   register_pairwise_scores(library);
+  register_rope_attention(library);
   register_sample_mixed(library);
   register_vas_score(library);
 }

@@ -1,0 +1,252 @@
+// Monomials up to degree g as in llmkern/polynomial/monomials.py, and the passes over tokens that they are for. What
+// the weights and columns mean is the caller's business.
+//
+// The panel holds the features that are built: [feature][token], all of degree g - 1 and less. Those of degree g are
+// x_l times a slice of the panel and are never built: on the side of the keys x_l goes to the columns, on the side of
+// the queries to the sums.
+#pragma once
+
+#include <vector>
+
+#include "tiles.h"
+
+namespace llmkern {
+inline namespace CPU_CAPABILITY {
+
+struct Monomials {
+  struct Block {
+    int64_t dim, start, count, row;
+  };
+
+  int64_t dim, degree, leading;
+  std::vector<int32_t> parent, variable;
+  std::vector<Block> blocks;
+  std::vector<int32_t> degrees;
+  std::vector<double> multiplicity;
+  std::vector<bool> tail;
+
+  int64_t panel() const { return parent.size(); }
+  int64_t count() const { return degrees.size(); }
+
+  Monomials(int64_t dim, int64_t degree, int64_t leading_variables)
+      : dim(dim), degree(degree), leading(degree <= 2 ? dim : std::min(leading_variables, dim)) {
+    const int64_t first = dim - leading;
+    parent = {0};
+    variable = {-1};
+    std::vector<std::pair<int64_t, int64_t>> levels = {{0, 1}};
+    std::vector<int64_t> suffix(dim, 0), linear(dim, 0);
+    for (int64_t level = 1; level < degree; ++level) {
+      const auto [below, below_end] = levels.back();
+      const int64_t begin = parent.size();
+      std::vector<int64_t> starts(dim, 0);
+      for (int64_t low = level == 1 ? 0 : first; low < dim; ++low) {
+        starts[low] = parent.size();
+        for (int64_t p = level > 1 ? suffix[low] : below; p < below_end; ++p) {
+          parent.push_back(p);
+          variable.push_back(low);
+        }
+      }
+      levels.emplace_back(begin, parent.size());
+      suffix = starts;
+      if (level == 1) linear = starts;
+    }
+    int64_t row = panel();
+    blocks.push_back({-1, 0, row, 0});
+    const auto add = [&](int64_t low, int64_t start, int64_t end) {
+      blocks.push_back({low, start, end - start, row});
+      row += end - start;
+    };
+    if (degree == 1) {
+      for (int64_t low = 0; low < dim; ++low) add(low, 0, 1);
+    } else {
+      for (int64_t low = 0; degree > 2 && low < first; ++low) add(low, linear[low], levels[1].second);
+      for (int64_t low = first; low < dim; ++low) add(low, suffix[low], levels.back().second);
+    }
+    count_exponents(first, row);
+  }
+
+ private:
+  // multiplicity of x_l beta is that of beta times its degree over the exponent of l, which is one more than in beta.
+  void count_exponents(int64_t first, int64_t rows) {
+    std::vector<int32_t> panel_degree(panel(), 0), run(panel(), 0), tails(panel(), 0);
+    std::vector<double> panel_multiplicity(panel(), 1.0);
+    // l is the lowest variable of x_l beta, so that its exponent is the length of the run of l at the front.
+    const auto extend = [&](int64_t p, int64_t low, int32_t* degree_of, int32_t* run_of, int32_t* tail_of,
+                            double* many) {
+      *degree_of = panel_degree[p] + 1;
+      *run_of = variable[p] == low ? run[p] + 1 : 1;
+      *tail_of = tails[p] + (low < first);
+      *many = panel_multiplicity[p] * *degree_of / *run_of;
+    };
+    for (int64_t p = 1; p < panel(); ++p)
+      extend(parent[p], variable[p], &panel_degree[p], &run[p], &tails[p], &panel_multiplicity[p]);
+    degrees.assign(rows, 0);
+    multiplicity.assign(rows, 1.0);
+    tail.assign(rows, false);
+    for (const Block& block : blocks) {
+      for (int64_t i = 0; i < block.count; ++i) {
+        int32_t tails_of = tails[block.start + i], run_of;
+        degrees[block.row + i] = panel_degree[block.start + i];
+        multiplicity[block.row + i] = panel_multiplicity[block.start + i];
+        if (block.dim >= 0)
+          extend(block.start + i, block.dim, &degrees[block.row + i], &run_of, &tails_of, &multiplicity[block.row + i]);
+        tail[block.row + i] = degrees[block.row + i] == 2 && tails_of == 2;
+      }
+    }
+  }
+};
+
+// Row l of x in a panel.
+template <typename A>
+inline const A* variable_row(const A* panel, int64_t l, int64_t stride) {
+  return panel + (1 + l) * stride;
+}
+
+// Panel of tokens [0, count) of x (count, dim) row-major; up to ``tokens`` the variables are zero.
+template <typename A>
+inline void build_panel(const Monomials& tables, const A* x, int64_t x_row, int64_t count, int64_t tokens, A* panel,
+                        int64_t stride) {
+  std::fill(panel, panel + tokens, A(1));
+  for (int64_t l = 0; l < tables.dim; ++l) {
+    A* row = panel + (1 + l) * stride;
+    for (int64_t t = 0; t < count; ++t) row[t] = x[t * x_row + l];
+    std::fill(row + count, row + tokens, A(0));
+  }
+  for (int64_t p = 1 + tables.dim; p < tables.panel(); ++p) {
+    const A* from = panel + tables.parent[p] * stride;
+    const A* by = variable_row(panel, tables.variable[p], stride);
+    A* to = panel + p * stride;
+    for (int64_t t = 0; t < tokens; t += kLanes<A>) store(to + t, load(from + t, All{}) * load(by + t, All{}), All{});
+  }
+}
+
+// Rows that a panel has at least: the variables are there, used or not.
+inline int64_t panel_rows(const Monomials& tables) { return std::max(tables.panel(), 1 + tables.dim); }
+
+// state[row][c] += sum over tokens of monomial row times columns[c], for rows [row_begin, row_end).
+// scratch: width rows of ``stride``.
+template <typename A>
+inline void add_moments(const Monomials& tables, const A* panel, const A* columns, int64_t width, int64_t tokens,
+                        int64_t stride, A* scratch, A* state, int64_t row_begin, int64_t row_end) {
+  for (const auto& block : tables.blocks) {
+    const int64_t begin = std::max(row_begin, block.row), end = std::min(row_end, block.row + block.count);
+    if (begin >= end) continue;
+    const A* right = columns;
+    if (block.dim >= 0) {
+      const A* by = variable_row(panel, block.dim, stride);
+      for (int64_t c = 0; c < width; ++c) {
+        for (int64_t t = 0; t < tokens; t += kLanes<A>)
+          store(scratch + c * stride + t, load(columns + c * stride + t, All{}) * load(by + t, All{}), All{});
+      }
+      right = scratch;
+    }
+    dot(end - begin, width, tokens, panel + (block.start + begin - block.row) * stride, right, stride,
+        state + begin * width, width);
+  }
+}
+
+// Weights of the monomials times a state, in tiles of columns: [column tile][row][kTileRows], for ``apply_state``.
+inline int64_t packed_size(int64_t rows, int64_t width) {
+  return (width + kTileRows - 1) / kTileRows * kTileRows * rows;
+}
+
+// value(row, column) for rows [row_begin, row_end).
+template <typename A, typename Value>
+inline void pack_state(int64_t rows, int64_t width, int64_t row_begin, int64_t row_end, A* packed, Value value) {
+  for (int64_t c = 0; c < width; c += kTileRows) {
+    A* tile = packed + c * rows;
+    for (int64_t row = row_begin; row < row_end; ++row) {
+      for (int m = 0; m < kTileRows; ++m) tile[row * kTileRows + m] = c + m < width ? value(row, c + m) : A(0);
+    }
+  }
+}
+
+// out[c][token] += sum over rows of packed[row][c] times monomial row.
+template <typename A>
+inline void apply_state(const Monomials& tables, const A* panel, int64_t tokens, int64_t stride, const A* packed,
+                        int64_t width, A* out) {
+  const int64_t rows = tables.count();
+  const auto columns = [&]<int M>(int64_t c, const A* weights) {
+    for_token_tiles<A>(tokens, [&]<int N>(int64_t t) {
+      for (const auto& block : tables.blocks) {
+        const auto tile = outer_tile<M, N, A>(block.count, weights + block.row * kTileRows, 1, kTileRows,
+                                              panel + block.start * stride + t, stride);
+        if (block.dim < 0) {
+          add_tile(out + c * stride + t, stride, tile);
+        } else {
+          const A* by = variable_row(panel, block.dim, stride) + t;
+          Lanes<A> x[N];
+          for (int n = 0; n < N; ++n) x[n] = load(by + n * kLanes<A>, All{});
+          update_tile(out + c * stride + t, stride, tile,
+                      [&](Lanes<A> old, Lanes<A> sums, int n) { return old + x[n] * sums; });
+        }
+      }
+    });
+  };
+  for (int64_t c = 0; c < width; c += kTileRows) {
+    const A* weights = packed + c * rows;
+    if (width - c >= kTileRows)
+      columns.template operator()<kTileRows>(c, weights);
+    else
+      for_row_tiles<kTileRows / 2>(width - c,
+                                   [&]<int M>(int64_t m) { columns.template operator()<M>(c + m, weights + m); });
+  }
+}
+
+// dx (dim rows of tokens) = derivative of sum over rows, columns of weights[row][c] monomial_row(x) columns[c].
+// slope: a panel's size, zeroed here.
+template <typename A>
+inline void pull_back(const Monomials& tables, const A* panel, int64_t tokens, int64_t stride, const A* weights,
+                      const A* columns, int64_t width, A* slope, A* dx) {
+  std::fill(slope, slope + panel_rows(tables) * stride, A(0));
+  std::fill(dx, dx + tables.dim * stride, A(0));
+  for (const auto& block : tables.blocks) {
+    A* to = slope + block.start * stride;
+    const A* features = panel + block.start * stride;
+    if (block.dim < 0) {
+      outer(block.count, width, tokens, weights + block.row * width, width, 1, columns, stride,
+            [&](int64_t m, int64_t t, const auto& tile) { add_tile(to + m * stride + t, stride, tile); });
+      continue;
+    }
+    const A* x = variable_row(panel, block.dim, stride);
+    A* dx_row = dx + block.dim * stride;
+    const auto chain = [&]<int M, int N>(int64_t m, int64_t t, const Tile<M, N, A>& tile) {
+      Lanes<A> sums[N] = {}, by[N];
+      for (int n = 0; n < N; ++n) by[n] = load(x + t + n * kLanes<A>, All{});
+#pragma GCC unroll 8
+      for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) {
+          const int64_t place = (m + i) * stride + t + n * kLanes<A>;
+          store(to + place, load(to + place, All{}) + by[n] * tile.at[i][n], All{});
+          sums[n] += load(features + place, All{}) * tile.at[i][n];
+        }
+      }
+      for (int n = 0; n < N; ++n) {
+        A* p = dx_row + t + n * kLanes<A>;
+        store(p, load(p, All{}) + sums[n], All{});
+      }
+    };
+    outer(block.count, width, tokens, weights + block.row * width, width, 1, columns, stride, chain);
+  }
+  for (int64_t p = tables.panel() - 1; p > tables.dim; --p) {
+    const int64_t from = tables.parent[p] * stride, l = tables.variable[p];
+    const A* x = variable_row(panel, l, stride);
+    for (int64_t t = 0; t < tokens; t += kLanes<A>) {
+      const Lanes<A> d = load(slope + p * stride + t, All{});
+      store(slope + from + t, load(slope + from + t, All{}) + d * load(x + t, All{}), All{});
+      A* to = dx + l * stride + t;
+      store(to, load(to, All{}) + d * load(panel + from + t, All{}), All{});
+    }
+  }
+  if (tables.degree < 2) return;
+  for (int64_t l = 0; l < tables.dim; ++l) {
+    for (int64_t t = 0; t < tokens; t += kLanes<A>) {
+      A* to = dx + l * stride + t;
+      store(to, load(to, All{}) + load(slope + (1 + l) * stride + t, All{}), All{});
+    }
+  }
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace llmkern

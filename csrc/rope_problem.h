@@ -1,0 +1,203 @@
+// One key head of one sequence, and the query heads that share it: inputs by pointer, and what forward and backward
+// both do with them. Symbols as in llmkern/ops/rope_attention/reference.py.
+#pragma once
+
+#include "common.h"
+#include "exact_pairs.h"
+#include "polynomial.h"
+
+namespace llmkern {
+inline namespace CPU_CAPABILITY {
+
+// Tokens of a panel on the side of the keys: long enough that sums over tokens cost little beside the products, short
+// enough that panel and columns stay in the second-level cache. A multiple of all tiles.
+constexpr int64_t kPanelTokens = 240;
+constexpr int64_t kSegments = 2;
+constexpr int64_t kSegmentTokens = 2048;
+// A normaliser above this may have lost terms that were held at exp(88).
+constexpr double kLargestNormalizer = 1e30;
+constexpr int kRoundingParts = 5;
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+template <typename A>
+inline int64_t token_stride(int64_t tokens) {
+  return round_up(tokens, kLanes<A>);
+}
+
+// Runs body(begin, end) over tasks in parallel, or here and now inside another parallel region.
+template <typename Body>
+inline void for_tasks(int64_t tasks, Body body) {
+  at::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) body(task);
+  });
+}
+
+// Uninitialised numbers, freed with the object.
+template <typename A>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) : tensor_(at::empty({size}, c10::CppTypeToScalarType<A>::value)) {}
+  A* get() const { return tensor_.template mutable_data_ptr<A>(); }
+  void zero() const { std::fill(get(), get() + tensor_.numel(), A(0)); }
+
+ private:
+  at::Tensor tensor_;
+};
+
+struct Options {
+  bool is_causal;
+  int64_t degree, contact, leading, chunk;
+};
+
+// A row of the table.
+template <typename A>
+struct Coefficients {
+  const double* polynomial;
+  double error, tail1, tail0;
+  A q_limit, k_limit;
+  double rounding;
+
+  Coefficients(const double* row, int64_t degree) : polynomial(row) {
+    const double* rest = row + degree + 1;
+    error = rest[0], tail1 = rest[1], tail0 = rest[2];
+    q_limit = static_cast<A>(rest[3]), k_limit = static_cast<A>(rest[4]);
+    rounding = rest[5];
+  }
+};
+
+template <typename T>
+struct Problem {
+  using A = Acc<T>;
+
+  const Monomials& tables;
+  Options options;
+  int64_t queries, keys, dim, value_dim, group;
+  // Rows of head g of the group: x(g) + i * dim.
+  const A* q;
+  int64_t q_head;
+  const A* k;
+  const T* v;
+  const A* bias;
+  const double* table;
+
+  int64_t width() const { return value_dim + 1; }
+  const A* query(int64_t g, int64_t i) const { return q + g * q_head + i * dim; }
+  Coefficients<A> coefficients(int64_t g) const { return {table + g * (options.degree + 7), options.degree}; }
+};
+
+template <typename A>
+inline A norm(const A* x, int64_t dim) {
+  A total = 0;
+  for (int64_t l = 0; l < dim; ++l) total += x[l] * x[l];
+  return std::sqrt(total);
+}
+
+// What is known of the keys before any pass: their weights, which of them are too large, the mean of their values.
+template <typename T>
+struct KeySide {
+  using A = Acc<T>;
+
+  const Problem<T>& in;
+  A top = 0;
+  std::vector<bool> heavy;
+  std::vector<int64_t> heavy_keys;
+  std::vector<A> mean;
+
+  explicit KeySide(const Problem<T>& problem) : in(problem), heavy(problem.keys), mean(problem.value_dim, A(0)) {
+    if (in.bias && in.keys > 0) {
+      top = *std::max_element(in.bias, in.bias + in.keys);
+      if (top == -std::numeric_limits<A>::infinity()) top = 0;
+    }
+    const A limit = in.coefficients(0).k_limit;
+    for (int64_t j = 0; j < in.keys; ++j) {
+      if (norm(in.k + j * in.dim, in.dim) <= limit) continue;
+      heavy[j] = true;
+      heavy_keys.push_back(j);
+    }
+  }
+
+  A weight(int64_t j) const {
+    if (heavy[j]) return 0;
+    return in.bias ? std::exp(in.bias[j] - top) : A(1);
+  }
+
+  // Weighted mean of the values, in double: it is subtracted before sums, so that they round what differs alone.
+  void find_mean() {
+    std::vector<double> sums(in.value_dim, 0.0);
+    double total = 0;
+    for (int64_t j = 0; j < in.keys; ++j) {
+      const A w = weight(j);
+      total += w;
+      const T* v = in.v + j * in.value_dim;
+      for (int64_t c = 0; c < in.value_dim; ++c)
+        sums[c] += w == 0 ? 0.0 : static_cast<double>(w * static_cast<A>(v[c]));
+    }
+    for (int64_t c = 0; c < in.value_dim; ++c) mean[c] = static_cast<A>(total > 0 ? sums[c] / total : 0.0);
+  }
+
+  // Values less their mean and a one: rows of width.
+  void values(int64_t j, A* row) const {
+    const T* v = in.v + j * in.value_dim;
+    for (int64_t c = 0; c < in.value_dim; ++c) row[c] = static_cast<A>(v[c]) - mean[c];
+    row[in.value_dim] = 1;
+  }
+
+  // columns[c][t] = w_j [v_j - mean, 1] (w_j left out where not wanted) of keys begin .. begin + count; zeros up to the
+  // stride. Returns the sum of the weights.
+  double columns(int64_t begin, int64_t count, int64_t stride, bool weighted, A* to) const {
+    double total = 0;
+    for (int64_t t = 0; t < stride; ++t) {
+      const A w = t < count ? weight(begin + t) : A(0);
+      total += w;
+      const T* v = in.v + (begin + t) * in.value_dim;
+      const A factor = weighted ? w : A(t < count);
+      for (int64_t c = 0; c < in.value_dim; ++c)
+        to[c * stride + t] = factor == 0 ? A(0) : factor * (static_cast<A>(v[c]) - mean[c]);
+      to[in.value_dim * stride + t] = factor;
+    }
+    return total;
+  }
+};
+
+// Copies of single keys, as a KeyBlock.
+template <typename T>
+class GatheredKeys {
+  using A = Acc<T>;
+
+ public:
+  template <typename Index>
+  GatheredKeys(const KeySide<T>& side, int64_t count, Index index)
+      : count_(count),
+        dim_(side.in.dim),
+        width_(side.in.width()),
+        numbers_(std::max<int64_t>(1, count * (side.in.dim + side.in.width() + 2))) {
+    A *k = numbers_.get(), *v = k + count * dim_, *bias = v + count * width_, *position = bias + count;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t j = index(i);
+      std::copy_n(side.in.k + j * dim_, dim_, k + i * dim_);
+      side.values(j, v + i * width_);
+      bias[i] = side.in.bias ? side.in.bias[j] : A(0);
+      position[i] = static_cast<A>(j);
+    }
+  }
+
+  KeyBlock<A> block() const {
+    const A* k = numbers_.get();
+    const A *v = k + count_ * dim_, *bias = v + count_ * width_;
+    return {k, dim_, v, width_, bias, bias + count_, count_};
+  }
+
+ private:
+  int64_t count_, dim_, width_;
+  Buffer<A> numbers_;
+};
+
+// Coefficient of state row ``row`` in p(q.k).
+template <typename A>
+inline A row_coefficient(const Monomials& tables, const Coefficients<A>& c, int64_t row) {
+  return static_cast<A>(c.polynomial[tables.degrees[row]] * tables.multiplicity[row]);
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace llmkern

@@ -1,0 +1,168 @@
+// Register tiles of products whose long side is tokens, one token a lane. Two shapes make up all of attention here:
+//
+//   outer   C[m][token] = sum_k a[m, k] B[k][token]          weights, broadcast, times rows of tokens
+//   dot     C[f][c]    += sum_token A[f][token] B[c][token]   sums over tokens
+//
+// Rows of tokens are contiguous, padded with zeros to full registers. Every sum runs in one order whatever the split of
+// the work, so that results do not depend on the number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "vec.h"
+
+namespace llmkern {
+inline namespace CPU_CAPABILITY {
+
+// Registers: 12 accumulators of 16 (24 of 32 with AVX-512), and what they are fed from.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int kTileRows = 8;
+#else
+constexpr int kTileRows = 4;
+#endif
+constexpr int kTileRegisters = 3;
+// Tokens of one tile.
+template <typename A>
+constexpr int64_t kTileTokens = kTileRegisters * kLanes<A>;
+
+template <int M, int N, typename A>
+struct Tile {
+  Lanes<A> at[M][N];
+};
+
+// Tile of rows m < M and N registers of tokens; a[m * a_row + k * a_depth], b + k * b_depth.
+template <int M, int N, typename A>
+inline Tile<M, N, A> outer_tile(int64_t depth, const A* a, int64_t a_row, int64_t a_depth, const A* b,
+                                int64_t b_depth) {
+  Tile<M, N, A> c{};
+  for (int64_t k = 0; k < depth; ++k) {
+    Lanes<A> row[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) row[n] = load(b + n * kLanes<A>, All{});
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const Lanes<A> weight = fill(a[m * a_row]);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) c.at[m][n] += weight * row[n];
+    }
+    a += a_depth;
+    b += b_depth;
+  }
+  return c;
+}
+
+// Calls body.template operator()<M>(m) for tiles of rows m .. m + M - 1 that cover [0, rows).
+template <int kMax, typename Body>
+inline void for_row_tiles(int64_t rows, Body body) {
+  int64_t m = 0;
+  for (; m + kMax <= rows; m += kMax) body.template operator()<kMax>(m);
+  if constexpr (kMax > 1) {
+    if (m < rows) for_row_tiles<kMax / 2>(rows - m, [&]<int M>(int64_t at) { body.template operator()<M>(m + at); });
+  }
+}
+
+// Calls body.template operator()<N>(token) for tiles of N registers that cover [0, tokens), a multiple of the lanes.
+template <typename A, typename Body>
+inline void for_token_tiles(int64_t tokens, Body body) {
+  int64_t t = 0;
+  for (; t + kTileTokens<A> <= tokens; t += kTileTokens<A>) body.template operator()<kTileRegisters>(t);
+  for (; t < tokens; t += kLanes<A>) body.template operator()<1>(t);
+}
+
+// outer over all rows and tokens; finish(m, token, tile) takes each tile.
+template <typename A, typename Finish>
+inline void outer(int64_t rows, int64_t depth, int64_t tokens, const A* a, int64_t a_row, int64_t a_depth, const A* b,
+                  int64_t b_depth, Finish finish) {
+  for_token_tiles<A>(tokens, [&]<int N>(int64_t t) {
+    for_row_tiles<kTileRows>(rows, [&]<int M>(int64_t m) {
+      finish(m, t, outer_tile<M, N, A>(depth, a + m * a_row, a_row, a_depth, b + t, b_depth));
+    });
+  });
+}
+
+template <int M, int N, typename A, typename Change>
+inline void update_tile(A* to, int64_t stride, const Tile<M, N, A>& tile, Change change) {
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      A* p = to + m * stride + n * kLanes<A>;
+      store(p, change(load(p, All{}), tile.at[m][n], n), All{});
+    }
+  }
+}
+
+template <int M, int N, typename A>
+inline void add_tile(A* to, int64_t stride, const Tile<M, N, A>& tile) {
+  update_tile(to, stride, tile, [](Lanes<A> old, Lanes<A> x, int) { return old + x; });
+}
+
+template <int M, int N, typename A>
+inline void store_tile(A* to, int64_t stride, const Tile<M, N, A>& tile) {
+  update_tile(to, stride, tile, [](Lanes<A>, Lanes<A> x, int) { return x; });
+}
+
+// Sums over lanes of four registers.
+template <typename A>
+inline void sum_four(const Lanes<A>* x, A* sums) {
+#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<A, float>) {
+    __m256 y[4];
+    for (int i = 0; i < 4; ++i) {
+#if defined(CPU_CAPABILITY_AVX512)
+      const __m512 z = reinterpret<__m512>(x[i]);
+      y[i] = _mm256_add_ps(_mm512_castps512_ps256(z), _mm512_extractf32x8_ps(z, 1));
+#else
+      y[i] = reinterpret<__m256>(x[i]);
+#endif
+    }
+    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(y[0], y[1]), _mm256_hadd_ps(y[2], y[3]));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+    return;
+  }
+#endif
+  for (int i = 0; i < 4; ++i) sums[i] = sum<A>(x[i]);
+}
+
+// F rows of a times C rows of b over tokens, added to out[f * out_row + c].
+template <int F, int C, typename A>
+inline void dot_tile(int64_t tokens, const A* a, const A* b, int64_t stride, A* out, int64_t out_row) {
+  Lanes<A> acc[(F * C + 3) / 4 * 4] = {};
+  for (int64_t t = 0; t < tokens; t += kLanes<A>) {
+    Lanes<A> right[C];
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) right[c] = load(b + c * stride + t, All{});
+#pragma GCC unroll 8
+    for (int f = 0; f < F; ++f) {
+      const Lanes<A> left = load(a + f * stride + t, All{});
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) acc[f * C + c] += left * right[c];
+    }
+  }
+  A sums[(F * C + 3) / 4 * 4];
+#pragma GCC unroll 8
+  for (int i = 0; i < F * C; i += 4) sum_four<A>(acc + i, sums + i);
+#pragma GCC unroll 8
+  for (int f = 0; f < F; ++f) {
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) out[f * out_row + c] += sums[f * C + c];
+  }
+}
+
+// dot over all rows: out (f_rows, c_rows) += a b^T; rows of tokens lie ``stride`` apart.
+template <typename A>
+inline void dot(int64_t f_rows, int64_t c_rows, int64_t tokens, const A* a, const A* b, int64_t stride, A* out,
+                int64_t out_row) {
+  for_row_tiles<kTileRows>(f_rows, [&]<int F>(int64_t f) {
+    int64_t c = 0;
+    for (; c + 3 <= c_rows; c += 3)
+      dot_tile<F, 3, A>(tokens, a + f * stride, b + c * stride, stride, out + f * out_row + c, out_row);
+    if (c + 2 == c_rows)
+      dot_tile<F, 2, A>(tokens, a + f * stride, b + c * stride, stride, out + f * out_row + c, out_row);
+    else if (c < c_rows)
+      dot_tile<F, 1, A>(tokens, a + f * stride, b + c * stride, stride, out + f * out_row + c, out_row);
+  });
+}
+
+}  // namespace CPU_CAPABILITY
+}  // namespace llmkern
