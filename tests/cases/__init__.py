@@ -1,10 +1,12 @@
 """What the generic suite runs: each operation joins by a line."""
 
 from cases import mix_logits, pairwise_scores, vas_score
+from cases import mix_logits, rope_attention
 from cases.case import Case
 
 CASES: list[Case] = [
     *mix_logits.CASES,
     *pairwise_scores.CASES,
     *vas_score.CASES,
+    *rope_attention.CASES,
 ]

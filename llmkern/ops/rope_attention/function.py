@@ -100,8 +100,10 @@ class _PolynomialAttention(torch.autograd.Function):
         return *needed, None, None, None, None, None
 
 
-def polynomial_attention(args: Arguments, plan: AttentionPlan, is_causal: bool) -> Tensor:
-    assert plan.table is not None
+def polynomial_inputs(
+    args: Arguments, plan: AttentionPlan, is_causal: bool
+) -> tuple[tuple[Tensor | None, ...], tuple[Any, ...]]:
+    """Tensors and options of ``rope_attention_fwd``, but for rtol: what the plan does to q and k is done."""
     dtype = compute_dtype(args.q.dtype)
     q, k = plan.transform_queries(args.q.to(dtype)), plan.transform_keys(args.k.to(dtype))
     bias = None
@@ -110,7 +112,11 @@ def polynomial_attention(args: Arguments, plan: AttentionPlan, is_causal: bool) 
         bias = bias.masked_fill(~args.key_mask, -torch.inf).unsqueeze(1).expand(k.shape[:3]).contiguous()
         k = k.masked_fill(~args.key_mask[:, None, :, None], 0)
     options = (is_causal, plan.degree, plan.contact, plan.leading, plan.chunk)
-    tensors = (q, k, args.v, bias, plan.table, args.cu_q, args.cu_k)
+    return (q, k, args.v, bias, plan.table, args.cu_q, args.cu_k), options
+
+
+def polynomial_attention(args: Arguments, plan: AttentionPlan, is_causal: bool) -> Tensor:
+    tensors, options = polynomial_inputs(args, plan, is_causal)
     return _PolynomialAttention.apply(*tensors, options, plan.rtol)[0]
 
 

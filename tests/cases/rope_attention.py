@@ -1,0 +1,85 @@
+"""Cases of rope_attention: the polynomial route under plans that are held fixed."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from dense_attention import dense_attention, frozen_plan
+from torch import Tensor
+
+import llmkern
+from cases.case import Case
+from llmkern.ops.rope_attention.arguments import Arguments
+from llmkern.ops.rope_attention.function import polynomial_inputs
+
+NAMES = ("q", "k", "v")
+HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 6, 5
+WIDTHS = (1, 3, 15, 17, 65, 250)
+
+
+def make(rows: int, width: int, dtype: torch.dtype, device: str, *, tail: float = 1.0) -> list[Tensor | None]:
+    """q, k and v as (B, N, H, D), the layout of projections: attention sees them transposed. ``tail`` scales
+    the first half of the variables, those that an anisotropic plan takes to degree 2 only."""
+    generator = torch.Generator().manual_seed(rows * 1000 + width)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    q, k = 0.4 * normal(rows, width, HEADS, DIM), 0.4 * normal(rows, width, KV_HEADS, DIM)
+    q[..., : DIM // 2] *= tail
+    k[..., : DIM // 2] *= tail
+    return [t.to(device, dtype) for t in (q, k, normal(rows, width, KV_HEADS, VALUE_DIM))]
+
+
+def heads_first(tensors: tuple[Tensor, ...]) -> list[Tensor]:
+    return [t.transpose(1, 2) for t in tensors]
+
+
+Plans = list[llmkern.AttentionPlan]
+
+
+def attend(*tensors: Tensor, plans: Plans) -> Tensor:
+    q, k, v = heads_first(tensors)
+    plan = plans[q.shape[0]]
+    out = llmkern.rope_attention(q, k, v, is_causal=plan.is_causal, scale=1.0, enable_gqa=True, plan=plan)
+    return out.transpose(1, 2)
+
+
+def attend_densely(*tensors: Tensor, plans: Plans) -> Tensor:
+    return dense_attention(*heads_first(tensors), plans[1]).transpose(1, 2)
+
+
+def raw(tensors: list[Tensor | None], *, plans: Plans) -> list[tuple[Any, tuple[Any, ...]]]:
+    q, k, v = heads_first(tuple(t for t in tensors if t is not None))
+    plan = plans[q.shape[0]]
+    inputs, flags = polynomial_inputs(Arguments(q, k, v, 1.0, None, None, None), plan, plan.is_causal)
+    results = torch.ops.llmkern.rope_attention_fwd(*inputs, *flags, plan.rtol)
+    return [
+        (torch.ops.llmkern.rope_attention_fwd.default, (*inputs, *flags, plan.rtol)),
+        (torch.ops.llmkern.rope_attention_bwd.default, (torch.randn_like(results[0]), *inputs, *results, *flags)),
+    ]
+
+
+def case(name: str, tail: float = 1.0, **options: Any) -> Case:
+    # By batch size; made once, since tracing is not to look into it.
+    plans = [frozen_plan(batch, HEADS, DIM, bound=2.0, **options) for batch in range(5)]
+    return Case(
+        f"rope_attention-{name}",
+        functools.partial(make, tail=tail),
+        NAMES,
+        functools.partial(attend, plans=plans),
+        functools.partial(attend_densely, plans=plans),
+        functools.partial(raw, plans=plans),
+        widths=WIDTHS,
+        large=((1, 5000), (3, 700)),
+    )
+
+
+CASES = [
+    case("full"),
+    case("causal", is_causal=True),
+    case("anisotropic", tail=0.1, degree=4, leading=3),
+    case("split-causal", degree=4, contact=4, is_causal=True, q_limit=1.2, k_limit=1.2),
+]
