@@ -24,15 +24,20 @@ def frozen_plan(
     q_limit: float = 1e6,
     k_limit: float = 1e6,
     scale: float = 1.0,
+    certify: bool = True,
     device: str = "cpu",
 ) -> AttentionPlan:
-    """A plan that depends on no data; with its defaults every pair is computed by the polynomial."""
+    """A plan that depends on no data; with its defaults every pair is computed by the polynomial.
+
+    Without ``certify`` the error is taken for zero, so that no row fails.
+    """
     fit = fit_exponential(degree, contact, round_up_bound(bound))
     leading = dim if leading is None else leading
     a = [abs(x) for x in fit.coefficients]
     tail1 = sum(a[i] * i * fit.bound ** (i - 2) for i in range(3, degree + 1))
     tail0 = sum(a[i] * fit.bound ** (i - 2) for i in range(3, degree + 1))
-    row = [*fit.coefficients, fit.error, tail1, tail0, q_limit, k_limit, 1e-7 * fit.absolute]
+    errors = (fit.error, tail1, tail0) if certify else (0.0, 0.0, 0.0)
+    row = [*fit.coefficients, *errors, q_limit, k_limit, 1e-7 * fit.absolute]
     table = torch.tensor(row, dtype=torch.float64, device=device).expand(batch, heads, len(row)).contiguous()
     return AttentionPlan(
         "polynomial",
@@ -95,11 +100,16 @@ def exact_attention(
     return torch.where(seen.any(-1, keepdim=True), s.softmax(-1), 0.0) @ values
 
 
-def spread(v: Tensor, o: Tensor, group: int = 1, is_causal: bool = False, visible: Tensor | None = None) -> Tensor:
+def spread(v: Tensor, o: Tensor, group: int = 1, is_causal: bool = False, key_mask: Tensor | None = None) -> Tensor:
     """max_j |v_j - o_i| over the keys that row i sees, (B, H, N): the unit of the certificate."""
     values = v.double().repeat_interleave(group, 1)
-    distance = (values.unsqueeze(2) - o.unsqueeze(3)).abs().amax(-1)
-    seen = torch.ones(distance.shape, dtype=torch.bool) if visible is None else visible.expand_as(distance)
+    seen = (
+        torch.ones(v.shape[0], 1, v.shape[2], 1, dtype=torch.bool) if key_mask is None else key_mask[:, None, :, None]
+    )
+    high, low = values.masked_fill(~seen, -torch.inf), values.masked_fill(~seen, torch.inf)
     if is_causal:
-        seen = seen & torch.ones(distance.shape[-2:], dtype=torch.bool).tril()
-    return distance.masked_fill(~seen, 0).amax(-1)
+        rows = torch.arange(o.shape[2]).clamp(max=v.shape[2] - 1)
+        high, low = high.cummax(2).values[:, :, rows], low.cummin(2).values[:, :, rows]
+    else:
+        high, low = high.amax(2, keepdim=True), low.amin(2, keepdim=True)
+    return torch.maximum(high - o, o - low).amax(-1).clamp(min=0)

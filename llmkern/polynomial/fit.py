@@ -22,8 +22,8 @@ from numpy.polynomial import chebyshev, polynomial
 
 Function = Callable[[np.ndarray], np.ndarray]
 
-# Bounds are rounded up to powers of this, so that few fits serve all data.
-BOUND_STEP = 2.0**0.125
+# Bounds are rounded up to powers of 2^(1/8), so that few fits serve all data.
+BOUND_STEPS = 8
 MAX_BOUND = 16.0
 # The residual is taken for a polynomial of at most this degree: the Chebyshev coefficients of exp on [-16, 16] beyond
 # it are below 1e-22 of its largest value. Between the points of a Chebyshev grid it then exceeds them by the factor
@@ -55,8 +55,9 @@ class Fit:
 
 def round_up_bound(bound: float) -> float:
     """The least bound of the table at or above this one (at least 2^-8)."""
-    steps = math.ceil(math.log(max(bound, 2.0**-8)) / math.log(BOUND_STEP) - 1e-9)
-    return BOUND_STEP**steps
+    bound = max(bound, 2.0**-8)
+    steps = math.ceil(math.log2(bound) * BOUND_STEPS)
+    return next(b for b in (2.0 ** ((steps + i) / BOUND_STEPS) for i in (-1, 0, 1)) if b >= bound)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,4 +1,4 @@
-"""Predicted seconds of each route, from rates measured on one core."""
+"""Predicted seconds of each route, from rates measured on two cores of a Zen 3 (AVX2); ratios between routes carry over."""
 
 from __future__ import annotations
 
@@ -8,6 +8,15 @@ from dataclasses import dataclass
 import torch
 
 from llmkern.ops.rope_attention.arguments import Arguments
+
+# torch's attention, useful operations a second of one thread by log2 of the head size: small heads feed it badly.
+_EXACT_RATES = {0: 1e9, 3: 10e9, 4: 29e9, 5: 47e9, 6: 58e9, 7: 62e9}
+# Share of the full time that it takes under a causal mask.
+_EXACT_CAUSAL = 0.75
+# The passes over features; pairs within chunks, exponentials and all; a number of q, k or v read and written again.
+_POLYNOMIAL_RATE, _CHUNK_RATE, _TOUCH_RATE = 36e9, 6.5e9, 0.25e9
+# Python, planning and waking threads.
+_FIXED_SECONDS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -21,22 +30,38 @@ class Work:
     dim: int
     value_dim: int
     is_causal: bool
+    chunk: int
 
     @staticmethod
-    def of(args: Arguments, is_causal: bool) -> Work:
+    def of(args: Arguments, is_causal: bool, chunk: int) -> Work:
         b, hq, n, d = args.q.shape
-        return Work(b * hq, b * args.k.shape[1], n, args.k.shape[2], d, args.v.shape[3], is_causal)
+        rows, keys, heads, kv_heads = n, args.k.shape[2], b * hq, b * args.k.shape[1]
+        if args.cu_q is not None and args.cu_k is not None and len(args.cu_q) > 1:
+            # As if all sequences were as long as one that has the mean number of pairs.
+            count = len(args.cu_q) - 1
+            pairs = float((args.cu_q.diff().double() * args.cu_k.diff().double()).sum()) / count
+            rows = keys = math.ceil(math.sqrt(pairs))
+            heads, kv_heads = heads * count, kv_heads * count
+        return Work(heads, kv_heads, rows, keys, d, args.v.shape[3], is_causal, chunk)
 
 
 def exact_seconds(work: Work) -> float:
-    pairs = work.rows * work.keys * (0.75 if work.is_causal else 1.0)
-    rate = 45e9 * min(1.0, work.dim / 32) * math.sqrt(torch.get_num_threads())
-    return work.heads * pairs * 2 * (work.dim + work.value_dim) / rate
+    size = math.log2(max(1.0, (work.dim + work.value_dim) / 2))
+    known = sorted(_EXACT_RATES)
+    low = max((s for s in known if s <= size), default=known[0])
+    high = min((s for s in known if s >= size), default=known[-1])
+    share = 0.0 if low == high else (size - low) / (high - low)
+    rate = math.exp(math.log(_EXACT_RATES[low]) * (1 - share) + math.log(_EXACT_RATES[high]) * share)
+    pairs = work.heads * work.rows * work.keys * (_EXACT_CAUSAL if work.is_causal else 1.0)
+    return pairs * 2 * (work.dim + work.value_dim) / (rate * torch.get_num_threads())
 
 
-def polynomial_seconds(work: Work, features: int) -> float:
-    width = work.value_dim + 2
-    flops = 2 * features * width * (work.heads * work.rows + work.kv_heads * work.keys)
+def polynomial_seconds(work: Work, features: int, exact_share: float = 0.0) -> float:
+    """``exact_share``: of the pairs, those that a split computes exactly."""
+    tokens_q, tokens_k = work.heads * work.rows, work.kv_heads * work.keys
+    seconds = 2 * features * (work.value_dim + 2) * (tokens_q + tokens_k) / _POLYNOMIAL_RATE
+    seconds += (tokens_q + tokens_k) * (work.dim + work.value_dim) / _TOUCH_RATE
     if work.is_causal:
-        flops += work.heads * work.rows * 256 * 2 * (work.dim + work.value_dim)
-    return flops / (40e9 * math.sqrt(torch.get_num_threads())) + 1e-3
+        seconds += tokens_q * work.chunk * (work.dim + work.value_dim) / _CHUNK_RATE
+    threads = torch.get_num_threads() if work.kv_heads > 1 else min(2, torch.get_num_threads())
+    return seconds / threads + exact_share * exact_seconds(work) * 2 + _FIXED_SECONDS

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from llmkern._library import bad_type, bad_value, define_op
 from llmkern.ops.rope_attention.arguments import Arguments, check_arguments
 from llmkern.ops.rope_attention.exact import exact_attention
-from llmkern.ops.rope_attention.plan import AttentionPlan, make_plan
+from llmkern.ops.rope_attention.plan import SPLITS, AttentionPlan, make_plan
 from llmkern.ops.rope_attention.reference import (
     compute_dtype,
     rope_attention_backward_reference,
@@ -160,10 +160,14 @@ def plan_attention(
     method: str = "auto",
     key_mask: Tensor | None = None,
     cu_seqlens: Tensor | tuple[Tensor, Tensor] | None = None,
+    split: bool = True,
 ) -> AttentionPlan:
-    """The plan that ``rope_attention`` would make of the same arguments; see ``AttentionPlan``."""
+    """The plan that ``rope_attention`` would make of the same arguments; see ``AttentionPlan``.
+
+    ``split=False`` keeps all queries within the limits of the polynomial, as a ``RopeAttentionState`` needs it.
+    """
     args = check_arguments("plan_attention", q, k, v, rotary, scale, enable_gqa, rtol, method, key_mask, cu_seqlens)
-    return make_plan("plan_attention", args, is_causal, rtol, method)
+    return make_plan("plan_attention", args, is_causal, rtol, method, SPLITS if split else SPLITS[:1])
 
 
 def _check_plan(plan: AttentionPlan, args: Arguments, is_causal: bool) -> None:

@@ -12,29 +12,32 @@ from torch import Tensor
 from llmkern._library import bad_value
 from llmkern.ops.rope_attention.arguments import Arguments
 from llmkern.ops.rope_attention.cost import Work, exact_seconds, polynomial_seconds
-from llmkern.ops.rope_attention.reference import ROUNDING_PARTS, compute_dtype, segments
-from llmkern.polynomial import Fit, fit_exponential, round_up_bound
-from llmkern.polynomial.fit import MAX_BOUND
+from llmkern.ops.rope_attention.measure import Candidate, Measured, balance, candidates, measure, sample
+from llmkern.ops.rope_attention.reference import ROUNDING_PARTS, compute_dtype
 
 CHUNK = 240
-# The prediction is to stay this far below rtol, so that few rows fail their certificate.
-MARGIN = 0.7
-SAMPLED_ROWS = 32
-MAX_DEGREE = 9
-MAX_FEATURES = 120_000
+# Shares of tokens of largest norm that a split computes exactly.
+SPLITS = (0.0, 1 / 256, 1 / 32)
+# A plan that finds nothing costs about this much; where exact attention is not 20 times as long none is made.
+LOOK_SECONDS = 5e-4
+# Heads from this size on are looked at for directions of little variance.
+BALANCED_DIM = 16
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionPlan:
     """How ``rope_attention`` computes: made by ``plan_attention``, accepted as its argument ``plan``.
 
-    The result is certified for any data, also where the plan was made for others: rows whose certificate fails and
-    keys beyond the limits are computed exactly. Then more of them are.
+    The result is certified for any data, also where the plan was made for others: rows whose certificate fails, rows
+    and keys beyond the limits are computed exactly. Then more of them are.
 
     Attributes:
         method: "polynomial" or "exact".
         degree, contact: of the polynomial; its order of contact with exp at zero.
+        leading: directions that go to that degree; the others go to degree 2.
         features: numbers R that a key contributes to; the state holds R (Dv + 1) of them.
+        bound: of the scores of all pairs that the polynomial computes.
+        split: share of the tokens, those of largest norm, that are computed exactly.
         error_bound: every row errs by at most this times max_j |v_j - o|; 0 for exact.
         rounding: what floating point may add, as a share of max_j |v_j| (included in the certificate).
         predicted_error: what the moments of the data promise.
@@ -54,12 +57,15 @@ class AttentionPlan:
     leading: int = 0
     features: int = 0
     bound: float = 0.0
+    split: float = 0.0
     chunk: int = CHUNK
     is_causal: bool = False
     dim: int = 0
     scale: float = 1.0
     table: Tensor | None = None
     key_shift: Tensor | None = None
+    query_map: Tensor | None = None
+    key_map: Tensor | None = None
 
     @property
     def speedup(self) -> float:
@@ -67,12 +73,16 @@ class AttentionPlan:
         return costs["exact"] / costs["polynomial"] if len(costs) == 2 else 1.0
 
     def transform_queries(self, q: Tensor) -> Tensor:
-        """What the polynomial is applied to: q scaled; in the dtype of computation."""
-        return q * self.scale
+        """What the polynomial is applied to: q scaled, in the basis of the plan; in the dtype of computation."""
+        q = q * self.scale
+        if self.query_map is None:
+            return q
+        return q @ self.query_map.to(q).repeat_interleave(q.shape[1] // self.query_map.shape[1], 1)
 
     def transform_keys(self, k: Tensor) -> Tensor:
-        """The same for keys: less the planned mean, which no softmax notices."""
-        return k if self.key_shift is None else k - self.key_shift.to(k)
+        """The same for keys: less the planned mean, which no softmax notices, and in the dual basis."""
+        k = k if self.key_shift is None else k - self.key_shift.to(k)
+        return k if self.key_map is None else k @ self.key_map.to(k)
 
     def state_dict(self) -> dict[str, Any]:
         """All fields, as plain numbers and tensors."""
@@ -85,169 +95,177 @@ class AttentionPlan:
     def __str__(self) -> str:
         if self.method == "exact":
             return f"exact attention: {self.reason}"
+        where = (
+            "" if self.leading >= self.dim else f" in {self.leading} of {self.dim} directions, degree 2 in the others"
+        )
+        split = f" but for {self.split:.1%} of the tokens, which are exact," if self.split else ""
         return (
-            f"polynomial of degree {self.degree} ({self.features} features) for scores within {self.bound:.3g}: each "
-            f"row errs by at most {self.error_bound:.2g} of max|v - o| (predicted {self.predicted_error:.2g}, rows "
-            f"that fail are computed exactly), predicted {self.speedup:.1f} times as fast as exact attention"
+            f"polynomial of degree {self.degree}{where} ({self.features} features) for scores within {self.bound:.3g}:"
+            f"{split} each row errs by at most {self.error_bound:.2g} of max|v - o| (predicted "
+            f"{self.predicted_error:.2g}, rows that fail are computed exactly), predicted {self.speedup:.1f} times as "
+            "fast as exact attention"
         )
 
 
-@dataclass
-class Candidate:
-    degree: int
-    contact: int
-    features: int
-    fits: list[list[Fit]]
-    error: float
-    rounding: float
-    seconds: float
-
-
-def make_plan(op: str, args: Arguments, is_causal: bool, rtol: float, method: str) -> AttentionPlan:
-    work = Work.of(args, is_causal)
+def make_plan(
+    op: str, args: Arguments, is_causal: bool, rtol: float, method: str, splits: tuple[float, ...] = SPLITS
+) -> AttentionPlan:
+    work = Work.of(args, is_causal, CHUNK)
     exact = exact_seconds(work)
     if method == "exact":
         return AttentionPlan("exact", rtol, "asked for", {"exact": exact}, is_causal=is_causal)
-    least = polynomial_seconds(work, math.comb(work.dim + 2, 2))
-    if method == "auto" and least >= exact:
-        reason = (
-            f"{work.rows} by {work.keys} tokens are too few for the {math.comb(work.dim + 2, 2)} features of degree 2"
-        )
-        return AttentionPlan("exact", rtol, reason, {"exact": exact, "polynomial": least}, is_causal=is_causal)
-    return _measured_plan(op, args, is_causal, rtol, method, work, exact)
-
-
-@torch.no_grad()
-def _measured_plan(
-    op: str, args: Arguments, is_causal: bool, rtol: float, method: str, work: Work, exact: float
-) -> AttentionPlan:
-    dtype = compute_dtype(args.q.dtype)
-    q, k = args.q.to(dtype) * args.scale, args.k.to(dtype)
-    live = None if args.key_mask is None else args.key_mask[:, None, :, None].to(dtype)
-    count = k.shape[2] if live is None else live.sum(2, keepdim=True).clamp(min=1)
-    total = (k if live is None else k * live).sum(2, keepdim=True)
-    shift = total / (max(count, 1) if isinstance(count, int) else count)
-    raw_norm = k.square().sum(-1).amax(-1) if k.shape[2] else k.new_zeros(k.shape[:2])
-    k = k - shift
-    if live is not None:
-        k = k * live
-    q_norm = q.square().sum(-1).sqrt().amax(-1) if q.shape[2] else q.new_zeros(q.shape[:2])
-    k_norm = k.square().sum(-1).sqrt().amax(-1) if k.shape[2] else k.new_zeros(k.shape[:2])
-    group = q.shape[1] // max(k.shape[1], 1)
-    # Room for the rounding of norms and of inputs.
-    margin = 1 + 64 * torch.finfo(dtype).eps
-    q_limit, k_limit = q_norm * margin, (k_norm * margin).repeat_interleave(group, 1)
-    bounds = (q_limit * k_limit).double()
-    top = float(bounds.max()) if bounds.numel() else 0.0
-    costs = {"exact": exact}
-    if not math.isfinite(top) or top > MAX_BOUND / 1.1:
-        return _uncertified(op, method, rtol, is_causal, costs, top, math.inf)
-    raw_bound = float((q_norm * raw_norm.sqrt().repeat_interleave(group, 1)).max()) if bounds.numel() else 0.0
-    second, fourth = _moments(q, k, group, count)
-    candidates = _candidates(bounds.tolist(), second.tolist(), fourth.tolist(), work, rtol, dtype, raw_bound)
-    good = [c for c in candidates if c.error + ROUNDING_PARTS * c.rounding <= MARGIN * rtol]
-    if not good:
-        reach = min((c.error + ROUNDING_PARTS * c.rounding for c in candidates), default=math.inf)
-        return _uncertified(op, method, rtol, is_causal, costs, top, reach)
-    best = min(good, key=lambda c: c.seconds)
-    costs["polynomial"] = best.seconds
-    if method == "auto" and best.seconds >= exact:
-        reason = f"degree {best.degree} ({best.features} features) certifies rtol {rtol:g} but would not be faster"
-        return AttentionPlan("exact", rtol, reason, costs, is_causal=is_causal)
-    rows = [[[*f.coefficients, f.error, 0.0, 0.0, 0.0, 0.0, best.rounding] for f in heads] for heads in best.fits]
-    table = torch.tensor(rows, dtype=torch.float64, device=q.device).reshape(*q.shape[:2], best.degree + 7)
-    table[..., -3], table[..., -2] = q_limit, k_limit
-    index = segments(q, k, args.cu_q, args.cu_k)
-    if args.cu_q is not None:
-        table = table.expand(len(index), *table.shape[1:]).contiguous()
-    return AttentionPlan(
-        "polynomial",
-        rtol,
-        "faster",
-        costs,
-        error_bound=rtol,
-        rounding=ROUNDING_PARTS * best.rounding,
-        predicted_error=best.error,
-        degree=best.degree,
-        contact=best.contact,
-        leading=work.dim,
-        dim=work.dim,
-        scale=args.scale,
-        features=best.features,
-        bound=top,
-        is_causal=is_causal,
-        table=table,
-        key_shift=shift,
-    )
-
-
-def _moments(q: Tensor, k: Tensor, group: int, count: Tensor | int) -> tuple[Tensor, Tensor]:
-    """max_i mean_j s_ij^2 of each head, and of the mean of s^4 what sampled rows make of it; (B, Hq)."""
-    n, m = q.shape[2], k.shape[2]
-    if n == 0 or m == 0:
-        return q.new_zeros(q.shape[:2]), q.new_zeros(q.shape[:2])
-    second_moment = (k.mT @ k / count).repeat_interleave(group, 1)
-    second = ((q @ second_moment) * q).sum(-1)
-    rows = torch.linspace(0, n - 1, min(n, SAMPLED_ROWS), device=q.device).long()
-    s2 = (q[:, :, rows] @ k.repeat_interleave(group, 1).mT).square()
-    scale = m / count if isinstance(count, int) else m / count.reshape(-1, 1, 1)
-    mean2, mean4 = s2.mean(-1) * scale, s2.square().mean(-1) * scale
-    kurtosis = (mean4 / mean2.square().clamp(min=1e-30)).amax(-1)
-    top = second.amax(-1).clamp(min=0)
-    return top, kurtosis * top.square()
-
-
-def _candidates(
-    bounds: list[list[float]],
-    second: list[list[float]],
-    fourth: list[list[float]],
-    work: Work,
-    rtol: float,
-    dtype: torch.dtype,
-    raw_bound: float,
-) -> list[Candidate]:
-    found = []
-    for degree in range(2, MAX_DEGREE + 1):
-        features = math.comb(work.dim + degree, degree)
-        if features > MAX_FEATURES:
-            break
-        for contact in (2, 4):
-            if contact > degree:
-                continue
-            fits = [[fit_exponential(degree, contact, round_up_bound(b)) for b in heads] for heads in bounds]
-            moments = second if contact == 2 else fourth
-            error = max((f.error * s for fs, ss in zip(fits, moments) for f, s in zip(fs, ss)), default=0.0)
-            error = error / (1 - error) if error < 1 else math.inf
-            worst = max((f.absolute for heads in fits for f in heads), default=1.0)
-            rounding = rounding_of(work, degree, dtype) * worst + 8 * torch.finfo(dtype).eps * raw_bound
-            found.append(
-                Candidate(degree, contact, features, fits, error, rounding, polynomial_seconds(work, features))
+    if method == "auto":
+        least = polynomial_seconds(work, math.comb(work.dim + 2, 2))
+        if least >= exact or exact < 20 * LOOK_SECONDS:
+            reason = (
+                f"{work.rows} by {work.keys} tokens are too few for the {math.comb(work.dim + 2, 2)} features of "
+                "degree 2 to pay"
             )
-        if any(c.error <= MARGIN * rtol * 1e-3 for c in found):
-            break
-    return found
+            return AttentionPlan("exact", rtol, reason, {"exact": exact, "polynomial": least}, is_causal=is_causal)
+    return _Planner(op, args, is_causal, rtol, method, work, exact, splits).plan()
 
 
-def rounding_of(work: Work, degree: int, dtype: torch.dtype) -> float:
-    """Relative error of a sum of the kernels: probabilistic bound (Higham and Mary 2019, lambda = 6) for its longest
-    chain of additions: within a panel of keys, over panels, within a block of features, over blocks."""
-    chain = 64 + work.keys / 512 + math.comb(work.dim + degree - 1, degree - 1) + work.dim + 4 * degree
-    return 6 * math.sqrt(chain) * torch.finfo(dtype).eps / 2
+class _Planner:
+    """Looks at a sample first; what it recommends is measured on all tokens."""
 
+    def __init__(
+        self,
+        op: str,
+        args: Arguments,
+        is_causal: bool,
+        rtol: float,
+        method: str,
+        work: Work,
+        exact: float,
+        splits: tuple[float, ...],
+    ) -> None:
+        self.op, self.args, self.is_causal, self.rtol, self.method = op, args, is_causal, rtol, method
+        self.work, self.exact, self.splits = work, exact, splits
+        self.bound = math.inf
+        self.dtype = compute_dtype(args.q.dtype)
 
-def _uncertified(
-    op: str, method: str, rtol: float, is_causal: bool, costs: dict[str, float], bound: float, reach: float
-) -> AttentionPlan:
-    found = f"scores are bounded by {bound:.3g} only"
-    if method == "polynomial":
-        reached = "no bound below 1" if not reach < 1 else f"a bound of {reach:.2g} at best"
-        raise bad_value(
-            op,
-            f"data for which a polynomial certifies rtol {rtol:g}",
-            f"{reached} ({found})",
-            "raise rtol, bound the scores (normalise q and k), or take method='auto'",
+    @torch.no_grad()
+    def plan(self) -> AttentionPlan:
+        args = self.args
+        mask = None if args.key_mask is None else args.key_mask.unsqueeze(1)
+        few_q, few_k = sample(args.q), sample(args.k)
+        few_mask = None if mask is None else sample(mask)
+        tried: list[tuple[Candidate, bool]] = []
+        for balanced in (False, True):
+            if balanced and (self.work.dim < BALANCED_DIM or self._is_settled(tried)):
+                continue
+            seen, _ = self._measure(few_q, few_k, few_mask, balanced)
+            tried += [(c, balanced) for split in self.splits for c in self._candidates(seen, split)]
+        good = [(c, balanced) for c, balanced in tried if self._meets(c)]
+        if self.method == "auto" and not any(c.seconds < self.exact for c, _ in good):
+            return self._exact([c for c, _ in tried])
+        # Forced, with nothing good in the sample: all tokens have the last word.
+        order = sorted(good, key=lambda pair: pair[0].seconds) or sorted(tried, key=lambda pair: pair[0].total)
+        for first, balanced in order[:1]:
+            seen, maps = self._measure(args.q, args.k, mask, balanced)
+            found = [c for split in {first.split, *self.splits[:2]} for c in self._candidates(seen, split)]
+            fit = [c for c in found if self._meets(c)]
+            if not fit:
+                return self._exact(found)
+            best = min(fit, key=lambda c: c.seconds)
+            if self.method == "auto" and best.seconds >= self.exact:
+                return self._exact(found)
+            return self._polynomial(best, seen, maps)
+        return self._exact([])
+
+    def _is_settled(self, tried: list[tuple[Candidate, bool]]) -> bool:
+        """What is found costs little enough that directions of little variance are not worth a look."""
+        return any(self._meets(c) and c.degree == 2 for c, _ in tried)
+
+    def _measure(
+        self, q: Tensor, k: Tensor, mask: Tensor | None, balanced: bool
+    ) -> tuple[Measured, tuple[Tensor | None, Tensor | None]]:
+        q, k = q.to(self.dtype) * self.args.scale, k.to(self.dtype)
+        live = None if mask is None else mask.unsqueeze(-1).to(self.dtype)
+        if live is not None:
+            k = torch.where(live > 0, k, torch.zeros_like(k))
+        count = k.shape[2] if live is None else live.sum(2, keepdim=True).clamp(min=1)
+        raw = _top(q).amax() * _top(k).amax() if q.shape[0] * q.shape[1] else torch.zeros(())
+        shift = k.sum(2, keepdim=True) / (max(count, 1) if isinstance(count, int) else count)
+        k = k - shift if live is None else (k - shift) * live
+        maps: tuple[Tensor | None, Tensor | None] = (None, None)
+        if balanced:
+            maps = balance(q, k)
+            assert maps[0] is not None
+            assert maps[1] is not None
+            q, k = q @ maps[0].repeat_interleave(q.shape[1] // k.shape[1], 1), k @ maps[1]
+        top = (
+            (_top(q) * _top(k).repeat_interleave(q.shape[1] // k.shape[1], 1)).amax()
+            if q.shape[0] * q.shape[1]
+            else raw
         )
-    reason = f"{found}, and no polynomial of up to {MAX_FEATURES} features certifies rtol {rtol:g}"
-    if reach < 1:
-        reason += f" (best bound {reach:.2g})"
-    return AttentionPlan("exact", rtol, reason, costs, is_causal=is_causal)
+        self.bound = min(self.bound, float(top))
+        return Measured(q, k, shift, count, float(raw), balanced), maps
+
+    def _candidates(self, seen: Measured, split: float) -> list[Candidate]:
+        limits = measure(seen, split)
+        return [] if limits is None else candidates(limits, self.work, self.rtol, self.dtype)
+
+    def _meets(self, c: Candidate) -> bool:
+        # Second moments of all rows are rigorous, others come from samples; prefixes are only like the whole.
+        margin = 0.75 if self.is_causal else (0.99 if c.contact == 2 else 0.9)
+        return c.error + ROUNDING_PARTS * c.rounding <= (margin if self.method == "auto" else 0.99) * self.rtol
+
+    def _polynomial(self, best: Candidate, seen: Measured, maps: tuple[Tensor | None, Tensor | None]) -> AttentionPlan:
+        q = self.args.q
+        rows = [
+            [[*f.coefficients, f.error, *best.tail(f), 0.0, 0.0, best.rounding] for f in fits] for fits in best.fits
+        ]
+        table = torch.tensor(rows, dtype=torch.float64, device=q.device).reshape(*q.shape[:2], best.degree + 7)
+        table[..., -3], table[..., -2] = best.limits.q, best.limits.k
+        if self.args.cu_q is not None:
+            table = table.expand(len(self.args.cu_q) - 1, *table.shape[1:]).contiguous()
+        return AttentionPlan(
+            "polynomial",
+            self.rtol,
+            "faster" if self.method == "auto" else "asked for",
+            {"exact": self.exact, "polynomial": best.seconds},
+            error_bound=self.rtol,
+            rounding=ROUNDING_PARTS * best.rounding,
+            predicted_error=best.error,
+            degree=best.degree,
+            contact=best.contact,
+            leading=best.leading,
+            features=best.features,
+            bound=max((f.bound for fits in best.fits for f in fits), default=0.0),
+            split=best.split,
+            is_causal=self.is_causal,
+            dim=self.work.dim,
+            scale=self.args.scale,
+            table=table,
+            key_shift=seen.shift,
+            query_map=maps[0],
+            key_map=maps[1],
+        )
+
+    def _exact(self, tried: list[Candidate]) -> AttentionPlan:
+        meeting = [c for c in tried if self._meets(c)]
+        if meeting:
+            best = min(meeting, key=lambda c: c.seconds)
+            costs = {"exact": self.exact, "polynomial": best.seconds}
+            reason = f"degree {best.degree} ({best.features} features) certifies rtol {self.rtol:g} but is no faster"
+            return AttentionPlan("exact", self.rtol, reason, costs, is_causal=self.is_causal)
+        reach = min((c.total for c in tried), default=math.inf)
+        found = f"scores are bounded by {self.bound:.3g} only"
+        if self.method == "polynomial":
+            reached = "no bound below 1" if not reach < 1 else f"a bound of {reach:.2g} at best"
+            raise bad_value(
+                self.op,
+                f"data for which a polynomial certifies rtol {self.rtol:g}",
+                f"{reached} ({found})",
+                "raise rtol, bound the scores (normalise q and k), or take method='auto'",
+            )
+        reason = f"{found}, and no polynomial certifies rtol {self.rtol:g}"
+        if reach < 1:
+            reason += f" (best bound {reach:.2g})"
+        return AttentionPlan("exact", self.rtol, reason, {"exact": self.exact}, is_causal=self.is_causal)
+
+
+def _top(x: Tensor) -> Tensor:
+    """Largest norm of each head, (B, H)."""
+    return x.square().sum(-1).amax(-1).sqrt() if x.shape[2] else x.new_zeros(x.shape[:2])
