@@ -32,9 +32,7 @@ def table(path: Path = RESULTS) -> list[str]:
     ]
     for (op, case, mode, dtype, device), rows in sorted(latest(path).items()):
         ours = rows["llmkern"]
-        peers = ", ".join(
-            f"{peer} {ratio(rows[peer], ours)}" for peer in rows if peer != "llmkern"
-        )
+        peers = ", ".join(f"{peer} {ratio(rows[peer], ours)}" for peer in rows if peer != "llmkern")
         name = f"`{op}` {case}, {dtype}" + ("" if mode == "forward" else f", {mode}")
         scratch = f"{int(ours['beyond_outputs']) / 2**20:.1f} MiB"
         time = f"{float(ours['median']) * 1e3:.3g} ms"

@@ -1,7 +1,6 @@
 """What the generic suite runs: each operation joins by a line."""
 
-from cases import mix_logits, pairwise_scores, vas_score
-from cases import mix_logits, rope_attention
+from cases import mix_logits, pairwise_scores, rope_attention, vas_score
 from cases.case import Case
 
 CASES: list[Case] = [
