@@ -45,6 +45,7 @@ from torch import Tensor
 MIN_ROUNDS, MIN_ROUNDS_QUICK, MAX_ROUNDS = 9, 3, 400
 # A sample shorter than this is several calls, so that the clock's own cost does not count.
 SAMPLE_SECONDS, PILOT_SECONDS = 5e-4, 0.05
+PEER_FACTOR = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,7 +201,10 @@ def take(case: Case, device: str, seconds: float) -> list[Measurement]:
 
 
 def check_agreement(case: Case, results: dict[str, Any], truth: Any) -> None:
-    """max|x - truth| <= 2 max|base - truth| + 4 eps max|truth| for each floating output; others are equal to base's."""
+    """max|x - truth| <= 2 max|base - truth| + 4 eps max|truth| for each floating output; others are equal to base's.
+
+    Peers may err eight times as much: how they round is their affair, as long as they compute the same.
+    """
     eps = torch.finfo(case.dtype).eps
     for name, result in results.items():
         outputs, wanted, exact = _tensors(result), _tensors(results[case.base]), _tensors(truth)
@@ -220,9 +224,10 @@ def check_agreement(case: Case, results: dict[str, Any], truth: Any) -> None:
             assert same, f"{where} differs from float64 where that is infinite or NaN"
             # What overflows in the plain peer of this dtype says nothing about the others.
             finite = ~special & base.isfinite()
-            allowed = 2 * _distance(base, true, finite) + 4 * eps * float(
-                true[finite].abs().max() if finite.any() else 0
-            )
+            largest = float(true[finite].abs().max() if finite.any() else 0)
+            allowed = 2 * _distance(base, true, finite) + 4 * eps * largest
+            if name != "llmkern":
+                allowed *= PEER_FACTOR
             error = _distance(got, true, finite)
             assert error <= allowed, f"{where} is off by {error:.3g}, allowed is {allowed:.3g}"
 

@@ -1,4 +1,4 @@
-"""Predicted seconds of each route, from rates measured on two cores of a Zen 3 (AVX2); ratios between routes carry over."""
+"""Predicted seconds of each route, from rates measured on two cores of a Zen 3 (AVX2); ratios carry over."""
 
 from __future__ import annotations
 
