@@ -24,11 +24,11 @@ class Gram {
     total_ = at::zeros({panels_, left_.size(0), kTileColumns<A>}, type);
   }
 
-  // Rows [first, first + count), count <= kRows; weights, if any, are those of all rows.
+  // Takes rows [first, first + count), count <= kRows, in hand; weights, if any, are those of all rows. Returns the
+  // steps.
   template <typename T>
-  void add(const Rows<T>& x, const Rows<T>& y, int64_t first, int64_t count, const A* weights) {
+  int64_t pack(const Rows<T>& x, const Rows<T>& y, int64_t first, int64_t count, const A* weights) {
     static_assert(std::is_same_v<A, Acc<T>>);
-    if (count == 0) return;
     const int64_t depth = padded_depth<A>(count);
     A *left = left_.template mutable_data_ptr<A>(), *right = right_.template mutable_data_ptr<A>();
     at::parallel_for(0, count_blocks(d_) + panels_, 1, [&](int64_t begin, int64_t end) {
@@ -45,13 +45,25 @@ class Gram {
           for (int64_t k = 0; k < count * kTileColumns<A>; ++k) panel[k] *= weights[first + k / kTileColumns<A>];
       }
     });
+    return depth;
+  }
+
+  // Adds the rows [begin, end) in hand, multiples of kTileColumns, to the totals of panel p.
+  void accumulate(int64_t p, int64_t begin, int64_t end) {
+    if (begin == end) return;
+    const A* left = left_.template const_data_ptr<A>() + begin;
+    const A* panel = right_.template const_data_ptr<A>() + (p * kRows + begin) * kTileColumns<A>;
+    const int64_t rows = live_rows(p);
+    for (int64_t row = 0; row < rows; row += kBlockRows)
+      panel_product(Left<A>{left + row * kStride, kStride}, padded_rows(std::min<int64_t>(kBlockRows, rows - row)),
+                    panel, end - begin, line(p, row), true);
+  }
+
+  template <typename T>
+  void add(const Rows<T>& x, const Rows<T>& y, int64_t first, int64_t count, const A* weights) {
+    const int64_t depth = pack(x, y, first, count, weights);
     at::parallel_for(0, panels_, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) {
-        const int64_t rows = live_rows(p);
-        for (int64_t row = 0; row < rows; row += kBlockRows)
-          panel_product(Left<A>{left + row * kStride, kStride}, padded_rows(std::min<int64_t>(kBlockRows, rows - row)),
-                        right + p * kRows * kTileColumns<A>, depth, line(p, row), true);
-      }
+      for (int64_t p = begin; p < end; ++p) accumulate(p, 0, depth);
     });
   }
 

@@ -80,6 +80,29 @@ constexpr A kCommonShift = std::is_same_v<A, double> ? 300 : 40;
 template <typename A>
 constexpr A kLowest = std::numeric_limits<A>::lowest();
 
+// Across the lanes by halves: a few shuffles, where lane after lane would wait for each other.
+template <typename A, typename Join>
+inline A fold_lanes(Lanes<A> x, Join join) {
+#pragma GCC unroll 4
+  for (int apart = kLanes<A> / 2; apart > 0; apart /= 2) {
+    Lanes<std::conditional_t<std::is_same_v<A, double>, int64_t, int32_t>> from;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<A>; ++i) from[i] = i ^ apart;
+    x = join(x, __builtin_shuffle(x, from));
+  }
+  return x[0];
+}
+
+template <typename A>
+inline A fold_sum(Lanes<A> x) {
+  return fold_lanes<A>(x, [](Lanes<A> a, Lanes<A> b) { return a + b; });
+}
+
+template <typename A>
+inline A fold_top(Lanes<A> x) {
+  return fold_lanes<A>(x, [](Lanes<A> a, Lanes<A> b) { return a > b ? a : b; });
+}
+
 template <typename A>
 class TwoWaySums {
   using V = Lanes<A>;
@@ -114,7 +137,7 @@ class TwoWaySums {
       // NaN on the right of this comparison does not get in; it reaches the sums through the exponential.
       column_top[0] = z0 > column_top[0] ? z0 : column_top[0];
       column_top[1] = z1 > column_top[1] ? z1 : column_top[1];
-      const A best = std::max(kLowest<A>, top<A>(z0 > z1 ? z0 : z1));
+      const A best = std::max(kLowest<A>, fold_top<A>(z0 > z1 ? z0 : z1));
       row_tops[r] = best;
       highest = std::max(highest, best), lowest = std::min(lowest, best);
     }
@@ -131,9 +154,9 @@ class TwoWaySums {
       column_sum[0] += e0, column_sum[1] += e1;
       if (common) {
         row_tops[r] = highest;
-        row_sums[r] = sum<A>(e0 + e1);
+        row_sums[r] = fold_sum<A>(e0 + e1);
       } else {
-        row_sums[r] = sum<A>(exp_nonpositive(z0 - row_tops[r]) + exp_nonpositive(z1 - row_tops[r]));
+        row_sums[r] = fold_sum<A>(exp_nonpositive(z0 - row_tops[r]) + exp_nonpositive(z1 - row_tops[r]));
       }
     }
     for_lanes<A>(0, tile.rows, [&](int64_t r, auto) {
@@ -202,12 +225,12 @@ struct LseWeight {
       lse[half] = load(columns + j, First{live}), upstream[half] = load(dcolumns + j, First{live});
     }
     double total = 0;
+    V part{};
     for (int64_t r = 0; r < tile.rows; ++r) {
       const int64_t i = tile.row + r;
       A* c = tile.c + r * kTileColumns<A>;
       const int64_t own = i + offset - tile.column;
       if (own >= 0 && own < tile.columns) total += static_cast<double>(dpairs[i]) * c[own];
-      V part{};
       for (int half = 0; half < 2; ++half) {
         A* to = c + half * kLanes<A>;
         const V s = load(to, All{}), z = s * scale;
@@ -215,10 +238,9 @@ struct LseWeight {
         part += w * s;
         store(to, w * scale, All{});
       }
-      total += sum<A>(part);
       if (own >= 0 && own < tile.columns) c[own] += dpairs[i] * scale;
     }
-    *weighted_similarity += total;
+    *weighted_similarity += total + fold_sum<A>(part);
   }
 };
 

@@ -57,7 +57,7 @@ void add_powers(const A* c, int64_t rows, A p, PowerSum<A>* sums) {
   for (int64_t r = 0; r < rows; ++r, c += kTileColumns<A>) {
     const V s0 = load(c, All{}), s1 = load(c + kLanes<A>, All{});
     const V m0 = s0 < 0 ? -s0 : s0, m1 = s1 < 0 ? -s1 : s1;
-    const A largest = top<A>(max(m0, m1));
+    const A largest = fold_top<A>(max(m0, m1));
     PowerSum<A>& state = sums[r];
     if (largest > state.top) {
       state.sum *= std::pow(state.top / largest, p);
@@ -65,7 +65,7 @@ void add_powers(const A* c, int64_t rows, A p, PowerSum<A>* sums) {
     }
     // NaN is no larger than anything; it reaches the sum as itself.
     const A unit = state.top > 0 ? 1 / state.top : 1;
-    state.sum += sum<A>(power(m0 * unit, p) + power(m1 * unit, p));
+    state.sum += fold_sum<A>(power(m0 * unit, p) + power(m1 * unit, p));
   }
 }
 

@@ -181,7 +181,8 @@ at::Tensor gram(const at::Tensor& x) {
 // Second moment ------------------------------------------------------------------------------------------------------
 
 // The integers up to which float64 is exact, and the largest entry.
-constexpr double kExact = 0x1p53, kLargest = 0x1p26;
+constexpr double kExact = 0x1p53, kLargest = 1.25 * 0x1p24;
+static_assert(kTileColumns<double> * kLargest * kLargest <= kExact, "a step of rows must fit");
 constexpr int64_t kLimb = int64_t{1} << 32;
 
 template <typename T>
@@ -189,83 +190,85 @@ class Moment {
  public:
   Moment(const Rows<T>& x, int64_t n, int exponent, int64_t* limbs)
       : x_(x), n_(n), d_(x.width), scale_(std::ldexp(1.0, -exponent)), limbs_(limbs), gram_(d_, d_, true) {
-    integers_ = at::empty({Gram<double>::kRows, padded_depth<double>(d_)}, at::kDouble);
+    integers_ = at::empty({kRows, padded_depth<double>(d_)}, at::kDouble);
+    tops_.resize(kRows), panel_tops_.resize(kRows * gram_.panels()), bounds_.resize(gram_.panels());
   }
 
   // First row that holds what it must not, or -1.
   int64_t run() {
-    double bound = 0;
-    std::vector<double> tops(Gram<double>::kRows);
-    for (int64_t first = 0; first < n_; first += Gram<double>::kRows) {
-      const int64_t count = std::min(Gram<double>::kRows, n_ - first);
+    for (int64_t first = 0; first < n_; first += kRows) {
+      const int64_t count = std::min(kRows, n_ - first);
       at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) tops[r] = read(first + r, integers_row(r));
+        for (int64_t r = begin; r < end; ++r) tops_[r] = read(first + r, r);
       });
-      int64_t begin = 0;
-      for (int64_t r = 0; r < count; ++r) {
-        if (!(tops[r] <= kLargest)) return first + r;
-        if (bound + tops[r] * tops[r] > kExact) {
-          add_chunk(begin, r - begin);
-          flush();
-          begin = r, bound = 0;
-        }
-        bound += tops[r] * tops[r];
-      }
-      add_chunk(begin, count - begin);
+      for (int64_t r = 0; r < count; ++r)
+        if (!(tops_[r] <= kLargest)) return first + r;
+      const Rows<double> a{integers_.const_data_ptr<double>(), padded_depth<double>(d_), d_};
+      const int64_t depth = gram_.pack(a, a, 0, count, static_cast<const double*>(nullptr));
+      at::parallel_for(0, gram_.panels(), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t p = begin; p < end; ++p) add_to_panel(p, count, depth);
+      });
     }
-    flush();
+    for (int64_t p = 0; p < gram_.panels(); ++p) flush(p);
     mirror();
     return -1;
   }
 
  private:
-  // Rows end on a register of floats: that holds as many numbers as two registers of doubles, a step of the depth.
-  double* integers_row(int64_t r) { return integers_.mutable_data_ptr<double>() + r * padded_depth<double>(d_); }
+  static constexpr int64_t kRows = Gram<double>::kRows, kStep = kTileColumns<double>;
 
-  // One row as integers; returns the largest magnitude, NaN where there is one.
-  double read(int64_t row, double* to) const {
+  // One row as integers, and the largest magnitude of each panel; returns that of all, NaN where there is one.
+  double read(int64_t row, int64_t r) {
     // Adding 1.5 * 2^52 rounds to the nearest integer, ties to even.
     constexpr double kRounder = 0x1.8p52;
     const T* from = x_(row);
-    for (int64_t k = 0; k < d_; k += kLanes<float>) {
-      const Floats x = load(from + k, First{static_cast<int>(std::min<int64_t>(kLanes<float>, d_ - k))});
-      for (int i = 0; i < kLanes<float>; ++i) {
-        const double scaled = static_cast<double>(x[i]) * scale_;
-        to[k + i] = (scaled + kRounder) - kRounder;
+    // A register of floats is as many numbers as two of doubles: a panel.
+    double* to = integers_.mutable_data_ptr<double>() + r * padded_depth<double>(d_);
+    double top = 0, odd = 0;
+    for (int64_t k = 0; k < d_; k += kStep) {
+      const Floats x = load(from + k, First{static_cast<int>(std::min<int64_t>(kStep, d_ - k))});
+      double largest = 0;
+      for (int i = 0; i < kStep; ++i) {
+        const double a = (static_cast<double>(x[i]) * scale_ + kRounder) - kRounder;
+        to[k + i] = a;
+        largest = std::max(largest, std::fabs(a));
+        // NaN where a is NaN or infinite, else zero.
+        odd += a * 0.0;
       }
+      panel_tops_[r * gram_.panels() + k / kStep] = largest;
+      top = std::max(top, largest);
     }
-    std::fill(to + d_, to + padded_depth<double>(d_), 0.0);
-    Doubles top{}, odd{};
-    for (int64_t k = 0; k < padded_depth<double>(d_); k += kLanes<double>) {
-      const Doubles a = load(to + k, All{}), size = a < 0 ? -a : a;
-      top = size > top ? size : top;
-      // NaN where a is NaN or infinite, else zero.
-      odd += a * 0.0;
-    }
-    return llmkern::top<double>(top) + sum<double>(odd);
+    return top + odd;
   }
 
-  void add_chunk(int64_t begin, int64_t rows) {
-    const Rows<double> a{integers_row(begin), padded_depth<double>(d_), d_};
-    gram_.add(a, a, 0, rows, static_cast<const double*>(nullptr));
+  // The rows in hand; before the sum of any entry could leave the exact range, what is there goes to the limbs.
+  void add_to_panel(int64_t p, int64_t count, int64_t depth) {
+    int64_t begin = 0;
+    for (int64_t k = 0; k < depth; k += kStep) {
+      double bound = 0;
+      for (int64_t r = k; r < std::min(count, k + kStep); ++r) bound += tops_[r] * panel_tops_[r * gram_.panels() + p];
+      if (bounds_[p] + bound > kExact) {
+        gram_.accumulate(p, begin, k);
+        flush(p);
+        begin = k;
+      }
+      bounds_[p] += bound;
+    }
+    gram_.accumulate(p, begin, depth);
   }
 
-  // The totals, integers below 2^53, to the limbs.
-  void flush() {
-    at::parallel_for(0, gram_.panels(), 1, [&](int64_t first, int64_t last) {
-      for (int64_t p = first; p < last; ++p) {
-        for (int64_t i = 0; i < gram_.live_rows(p); ++i) {
-          double* line = gram_.line(p, i);
-          for (int64_t c = 0, j = p * kTileColumns<double>; c < kTileColumns<double> && j < d_; ++c, ++j) {
-            if (j < i) continue;
-            const auto whole = static_cast<int64_t>(line[c]) + limbs_[i * d_ + j];
-            limbs_[i * d_ + j] = whole & (kLimb - 1);
-            limbs_[d_ * d_ + i * d_ + j] += whole >> 32;
-          }
-          std::fill(line, line + kTileColumns<double>, 0.0);
-        }
+  void flush(int64_t p) {
+    for (int64_t i = 0; i < gram_.live_rows(p); ++i) {
+      double* line = gram_.line(p, i);
+      for (int64_t c = 0, j = p * kStep; c < kStep && j < d_; ++c, ++j) {
+        if (j < i) continue;
+        const auto whole = static_cast<int64_t>(line[c]) + limbs_[i * d_ + j];
+        limbs_[i * d_ + j] = whole & (kLimb - 1);
+        limbs_[d_ * d_ + i * d_ + j] += whole >> 32;
       }
-    });
+      std::fill(line, line + kStep, 0.0);
+    }
+    bounds_[p] = 0;
   }
 
   void mirror() {
@@ -280,6 +283,7 @@ class Moment {
   int64_t* limbs_;
   Gram<double> gram_;
   at::Tensor integers_;
+  std::vector<double> tops_, panel_tops_, bounds_;
 };
 
 at::Tensor second_moment_sum(const at::Tensor& x, int64_t exponent) {
@@ -290,7 +294,7 @@ at::Tensor second_moment_sum(const at::Tensor& x, int64_t exponent) {
     const int64_t bad =
         Moment<T>(rows_of<T>(rows), x.size(0), exponent_of_unit, limbs.mutable_data_ptr<int64_t>()).run();
     TORCH_CHECK_VALUE(bad < 0,
-                      "second_moment: expected finite rows with entries of at most 4 times the bound of the "
+                      "second_moment: expected finite rows with entries of at most 1.25 times the bound of the "
                       "accumulator, got others in row ",
                       bad, "; drop or normalise that row, or pass a larger bound");
   };

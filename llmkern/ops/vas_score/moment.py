@@ -1,9 +1,9 @@
 r"""Second moments in exact integer arithmetic.
 
-Entries are read as integers a = round(x / 2^e), |a| <= 2^26, and the sums of a_i a_j are integers. A float64 holds
-every integer up to 2^53, and sum |a_ri a_rj| <= sum_r max_i a_ri^2; so as long as that bound stays within 2^53 any
-matrix product in float64, in any order and by any library, gives the very integers. They go to 96-bit totals before the
-bound is reached. Hence nothing depends on the order of rows and blocks, on threads, processes or devices, and
+Entries are read as integers a = round(x / 2^e), |a| <= 1.25 * 2^24, and the sums of a_i a_j are integers. A float64
+holds every integer up to 2^53, and sum |a_ri a_rj| <= sum_r max_i a_ri^2; so as long as that bound stays within 2^53
+any matrix product in float64, in any order and by any library, gives the very integers. They go to 96-bit totals before
+the bound is reached. Hence nothing depends on the order of rows and blocks, on threads, processes or devices, and
 subtracting rows leaves what the others alone would have given, bit for bit.
 
 What is rounded is the input, to multiples of 2^e with e = log2(bound) - 24. Every float16 number is a multiple of
@@ -22,7 +22,7 @@ from llmkern.ops.embeddings import Embeddings, check_embeddings, row_blocks
 
 # Binary places below the bound, and how far above it entries may lie.
 PLACES = 24
-HEADROOM = 4.0
+HEADROOM = 1.25
 EXACT = 2.0**53
 LIMB = 2**32
 
@@ -37,7 +37,7 @@ def second_moment_sum_reference(x: Tensor, exponent: int) -> Tensor:
         tops = a.abs().amax(1)
         if not bool((tops <= limit).all()):
             refuse_row(block.start + int((~(tops <= limit)).nonzero()[0]))
-        # At most so many rows at once that even 2^52 for each stays exact.
+        # So many rows at once that the largest square for each stays exact.
         step = max(1, int(EXACT / max(1.0, float(tops.max()) ** 2)))
         for start in range(0, len(a), step):
             part = a[start : start + step]
@@ -55,7 +55,7 @@ def carried(limbs: Tensor) -> Tensor:
 def refuse_row(row: int) -> None:
     raise bad_value(
         "second_moment",
-        "finite rows with entries of at most 4 times the bound of the accumulator",
+        "finite rows with entries of at most 1.25 times the bound of the accumulator",
         f"others in row {row}",
         "drop or normalise that row, or pass a larger bound",
     )
@@ -79,7 +79,7 @@ class SecondMoment:
     Args:
         dim: d, the length of the rows.
         bound: a power of two, the size that entries reach: 1 for unit vectors. Rows are read to bound * 2^-24, exact
-            for float16 up to bound = 1. Entries above 4 bound are refused.
+            for float16 up to bound = 1. Entries above 1.25 bound are refused.
     """
 
     def __init__(self, dim: int, *, bound: float = 1.0, device: torch.device | str = "cpu") -> None:
