@@ -1,4 +1,4 @@
-"""Predicted seconds of each route, from rates measured on two cores of a Zen 3 (AVX2); ratios carry over."""
+"""Predicted seconds of each route, from rates measured on two cores of a Zen 3 (AVX2); their ratios carry over."""
 
 from __future__ import annotations
 
@@ -56,12 +56,11 @@ def exact_seconds(work: Work) -> float:
     return pairs * 2 * (work.dim + work.value_dim) / (rate * torch.get_num_threads())
 
 
-def polynomial_seconds(work: Work, features: int, exact_share: float = 0.0) -> float:
-    """``exact_share``: of the pairs, those that a split computes exactly."""
+def polynomial_seconds(work: Work, features: int) -> float:
     tokens_q, tokens_k = work.heads * work.rows, work.kv_heads * work.keys
     seconds = 2 * features * (work.value_dim + 2) * (tokens_q + tokens_k) / _POLYNOMIAL_RATE
     seconds += (tokens_q + tokens_k) * (work.dim + work.value_dim) / _TOUCH_RATE
     if work.is_causal:
         seconds += tokens_q * work.chunk * (work.dim + work.value_dim) / _CHUNK_RATE
     threads = torch.get_num_threads() if work.kv_heads > 1 else min(2, torch.get_num_threads())
-    return seconds / threads + exact_share * exact_seconds(work) * 2 + _FIXED_SECONDS
+    return seconds / threads + _FIXED_SECONDS

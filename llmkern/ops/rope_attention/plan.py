@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,20 @@ from torch import Tensor
 from llmkern._library import bad_value
 from llmkern.ops.rope_attention.arguments import Arguments
 from llmkern.ops.rope_attention.cost import Work, exact_seconds, polynomial_seconds
-from llmkern.ops.rope_attention.measure import Candidate, Measured, balance, candidates, measure, sample
+from llmkern.ops.rope_attention.measure import (
+    MAX_FAILING,
+    SAMPLED_ROWS,
+    Candidate,
+    Limits,
+    Measured,
+    balance,
+    candidates,
+    find_limits,
+    measure,
+    sample,
+    tail_factors,
+    usable,
+)
 from llmkern.ops.rope_attention.reference import ROUNDING_PARTS, compute_dtype
 
 CHUNK = 240
@@ -125,6 +138,14 @@ def make_plan(
     return _Planner(op, args, is_causal, rtol, method, work, exact, splits).plan()
 
 
+class _Basis(NamedTuple):
+    """What q and k are turned into: k less its shift, times maps."""
+
+    shift: Tensor
+    q: Tensor | None
+    k: Tensor | None
+
+
 class _Planner:
     """Looks at a sample first; what it recommends is measured on all tokens."""
 
@@ -142,79 +163,89 @@ class _Planner:
         self.op, self.args, self.is_causal, self.rtol, self.method = op, args, is_causal, rtol, method
         self.work, self.exact, self.splits = work, exact, splits
         self.bound = math.inf
+        # A decode state has no second way: there no row may fail.
+        self.allowed = MAX_FAILING if len(splits) > 1 else 0.0
         self.dtype = compute_dtype(args.q.dtype)
 
     @torch.no_grad()
     def plan(self) -> AttentionPlan:
         args = self.args
         mask = None if args.key_mask is None else args.key_mask.unsqueeze(1)
-        few_q, few_k = sample(args.q), sample(args.k)
+        few_q, few_k = sample(args.q, SAMPLED_ROWS), sample(args.k)
         few_mask = None if mask is None else sample(mask)
         tried: list[tuple[Candidate, bool]] = []
         for balanced in (False, True):
             if balanced and (self.work.dim < BALANCED_DIM or self._is_settled(tried)):
                 continue
-            seen, _ = self._measure(few_q, few_k, few_mask, balanced)
-            tried += [(c, balanced) for split in self.splits for c in self._candidates(seen, split)]
-        good = [(c, balanced) for c, balanced in tried if self._meets(c)]
-        if self.method == "auto" and not any(c.seconds < self.exact for c, _ in good):
+            seen = self._look(few_q, few_k, few_mask, balanced)
+            for limits in (measure(seen, split) for split in self.splits):
+                tried += [(c, balanced) for c in self._candidates(limits)]
+        good = [pair for pair in tried if pair[0].good]
+        if not good or (self.method == "auto" and min(c.seconds for c, _ in good) >= self.exact):
             return self._exact([c for c, _ in tried])
-        # Forced, with nothing good in the sample: all tokens have the last word.
-        order = sorted(good, key=lambda pair: pair[0].seconds) or sorted(tried, key=lambda pair: pair[0].total)
-        for first, balanced in order[:1]:
-            seen, maps = self._measure(args.q, args.k, mask, balanced)
-            found = [c for split in {first.split, *self.splits[:2]} for c in self._candidates(seen, split)]
-            fit = [c for c in found if self._meets(c)]
-            if not fit:
-                return self._exact(found)
-            best = min(fit, key=lambda c: c.seconds)
-            if self.method == "auto" and best.seconds >= self.exact:
-                return self._exact(found)
-            return self._polynomial(best, seen, maps)
-        return self._exact([])
+        first, balanced = min(good, key=lambda pair: pair[0].seconds)
+        # The norms of all tokens set the limits; what the sample says of moments grows with them.
+        basis = self._basis(few_q, few_k, few_mask, balanced)
+        q, k = self._transform(args.q, args.k, mask, basis)
+        found = find_limits(q, k, first.split) or find_limits(q, k, 0.0)
+        assert found is not None
+        again = self._candidates(first.limits.grown(*found) if usable(found) else None)
+        fit = [c for c in again if c.good]
+        if not fit or (self.method == "auto" and min(c.seconds for c in fit) >= self.exact):
+            return self._exact(again)
+        return self._polynomial(min(fit, key=lambda c: c.seconds), basis)
 
     def _is_settled(self, tried: list[tuple[Candidate, bool]]) -> bool:
         """What is found costs little enough that directions of little variance are not worth a look."""
-        return any(self._meets(c) and c.degree == 2 for c, _ in tried)
+        return any(c.good and (c.degree == 2 or c.seconds < 0.03 * self.exact) for c, _ in tried)
 
-    def _measure(
-        self, q: Tensor, k: Tensor, mask: Tensor | None, balanced: bool
-    ) -> tuple[Measured, tuple[Tensor | None, Tensor | None]]:
+    def _basis(self, q: Tensor, k: Tensor, mask: Tensor | None, balanced: bool) -> _Basis:
+        q, k, live, count = self._cast(q, k, mask)
+        shift = k.sum(2, keepdim=True) / count
+        maps = balance(q, k - shift if live is None else (k - shift) * live) if balanced else (None, None)
+        return _Basis(shift, *maps)
+
+    def _cast(self, q: Tensor, k: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Any]:
         q, k = q.to(self.dtype) * self.args.scale, k.to(self.dtype)
-        live = None if mask is None else mask.unsqueeze(-1).to(self.dtype)
-        if live is not None:
-            k = torch.where(live > 0, k, torch.zeros_like(k))
-        count = k.shape[2] if live is None else live.sum(2, keepdim=True).clamp(min=1)
-        raw = _top(q).amax() * _top(k).amax() if q.shape[0] * q.shape[1] else torch.zeros(())
-        shift = k.sum(2, keepdim=True) / (max(count, 1) if isinstance(count, int) else count)
-        k = k - shift if live is None else (k - shift) * live
-        maps: tuple[Tensor | None, Tensor | None] = (None, None)
-        if balanced:
-            maps = balance(q, k)
-            assert maps[0] is not None
-            assert maps[1] is not None
-            q, k = q @ maps[0].repeat_interleave(q.shape[1] // k.shape[1], 1), k @ maps[1]
-        top = (
-            (_top(q) * _top(k).repeat_interleave(q.shape[1] // k.shape[1], 1)).amax()
-            if q.shape[0] * q.shape[1]
-            else raw
-        )
-        self.bound = min(self.bound, float(top))
-        return Measured(q, k, shift, count, float(raw), balanced), maps
+        if mask is None:
+            return q, k, None, max(k.shape[2], 1)
+        live = mask.unsqueeze(-1).to(self.dtype)
+        return q, torch.where(live > 0, k, torch.zeros_like(k)), live, live.sum(2, keepdim=True).clamp(min=1)
 
-    def _candidates(self, seen: Measured, split: float) -> list[Candidate]:
-        limits = measure(seen, split)
-        return [] if limits is None else candidates(limits, self.work, self.rtol, self.dtype)
+    def _transform(self, q: Tensor, k: Tensor, mask: Tensor | None, basis: _Basis) -> tuple[Tensor, Tensor]:
+        q, k, live, _ = self._cast(q, k, mask)
+        k = k - basis.shift if live is None else (k - basis.shift) * live
+        if basis.q is None or basis.k is None:
+            return q, k
+        return q @ basis.q.repeat_interleave(q.shape[1] // k.shape[1], 1), k @ basis.k
 
-    def _meets(self, c: Candidate) -> bool:
-        # Second moments of all rows are rigorous, others come from samples; prefixes are only like the whole.
-        margin = 0.75 if self.is_causal else (0.99 if c.contact == 2 else 0.9)
-        return c.error + ROUNDING_PARTS * c.rounding <= (margin if self.method == "auto" else 0.99) * self.rtol
+    def _look(self, few_q: Tensor, few_k: Tensor, mask: Tensor | None, balanced: bool) -> Measured:
+        basis = self._basis(few_q, few_k, mask, balanced)
+        q, k = self._transform(few_q, few_k, mask, basis)
+        raw = few_q.to(self.dtype) * self.args.scale, self._cast(few_q, few_k, mask)[1]
+        raw_bound, top = (self._bound(a, b) for a, b in (raw, (q, k)))
+        self.bound = min(self.bound, top)
+        return Measured(q, k, self._cast(few_q, few_k, mask)[3], raw_bound, balanced, self.allowed)
 
-    def _polynomial(self, best: Candidate, seen: Measured, maps: tuple[Tensor | None, Tensor | None]) -> AttentionPlan:
+    @staticmethod
+    def _bound(q: Tensor, k: Tensor) -> float:
+        if not q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]:
+            return 0.0
+        tops = (torch.linalg.vector_norm(x, dim=-1).amax(-1) for x in (q, k))
+        first, second = tops
+        return float((first * second.repeat_interleave(q.shape[1] // k.shape[1], 1)).amax())
+
+    def _candidates(self, limits: Limits | None) -> list[Candidate]:
+        if limits is None:
+            return []
+        # Samples err, prefixes are only like the whole; forced, all that the certificate allows.
+        margin = 0.97 if self.method == "polynomial" and self.allowed else (0.8 if self.is_causal else 0.92)
+        return candidates(limits, self.work, margin * self.rtol, self.dtype, self.exact)
+
+    def _polynomial(self, best: Candidate, basis: _Basis) -> AttentionPlan:
         q = self.args.q
         rows = [
-            [[*f.coefficients, f.error, *best.tail(f), 0.0, 0.0, best.rounding] for f in fits] for fits in best.fits
+            [[*f.coefficients, f.error, *tail_factors(f), 0.0, 0.0, best.rounding] for f in fits] for fits in best.fits
         ]
         table = torch.tensor(rows, dtype=torch.float64, device=q.device).reshape(*q.shape[:2], best.degree + 7)
         table[..., -3], table[..., -2] = best.limits.q, best.limits.k
@@ -238,13 +269,13 @@ class _Planner:
             dim=self.work.dim,
             scale=self.args.scale,
             table=table,
-            key_shift=seen.shift,
-            query_map=maps[0],
-            key_map=maps[1],
+            key_shift=basis.shift,
+            query_map=basis.q,
+            key_map=basis.k,
         )
 
     def _exact(self, tried: list[Candidate]) -> AttentionPlan:
-        meeting = [c for c in tried if self._meets(c)]
+        meeting = [c for c in tried if c.good]
         if meeting:
             best = min(meeting, key=lambda c: c.seconds)
             costs = {"exact": self.exact, "polynomial": best.seconds}
@@ -264,8 +295,3 @@ class _Planner:
         if reach < 1:
             reason += f" (best bound {reach:.2g})"
         return AttentionPlan("exact", self.rtol, reason, {"exact": self.exact}, is_causal=self.is_causal)
-
-
-def _top(x: Tensor) -> Tensor:
-    """Largest norm of each head, (B, H)."""
-    return x.square().sum(-1).amax(-1).sqrt() if x.shape[2] else x.new_zeros(x.shape[:2])
