@@ -30,6 +30,12 @@ def normal(*shape: int, seed: int = 0, scale: float = 1.0, dtype: torch.dtype = 
     return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
 
 
+@pytest.fixture
+def eager_planner(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans also where exact attention is short."""
+    monkeypatch.setattr("llmkern.ops.rope_attention.plan.LOOK_SECONDS", 0.0)
+
+
 # The certificate ------------------------------------------------------------------------------------------------------
 
 
@@ -142,6 +148,7 @@ def test_every_row_keeps_the_certificate(
 
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("change", INPUTS)
+@pytest.mark.usefixtures("eager_planner")
 def test_auto_keeps_the_certificate(change: Callable[..., None], is_causal: bool) -> None:
     """Long enough for the polynomial to be chosen where it can be."""
     q, k, v = (normal(1, h, 2500, 4, seed=h, scale=0.7) for h in (2, 1, 1))
@@ -307,6 +314,7 @@ def test_permuted_keys_and_turned_heads_change_nothing(is_causal: bool) -> None:
 # The plan -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("eager_planner")
 def test_a_plan_explains_itself() -> None:
     q, k, v = (normal(1, 1, 4000, 8, seed=i, scale=0.5) for i in range(3))
     plan = plan_attention(q, k, v)

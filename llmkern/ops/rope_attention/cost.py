@@ -11,6 +11,8 @@ from llmkern.ops.rope_attention.arguments import Arguments
 
 # torch's attention, useful operations a second of one thread by log2 of the head size: small heads feed it badly.
 _EXACT_RATES = {0: 1e9, 3: 10e9, 4: 29e9, 5: 47e9, 6: 58e9, 7: 62e9}
+# Of heads of 8 or more, operations by pairs of multiplication and addition.
+SLOWEST_RATE = 5e9
 # Share of the full time that it takes under a causal mask.
 _EXACT_CAUSAL = 0.75
 # The passes over features; pairs within chunks, exponentials and all; a number of q, k or v read and written again.

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llmkern._library import bad_type, bad_value, define_op
 from llmkern.ops.rope_attention.arguments import Arguments, check_arguments
 from llmkern.ops.rope_attention.exact import exact_attention
-from llmkern.ops.rope_attention.plan import SPLITS, AttentionPlan, make_plan
+from llmkern.ops.rope_attention.plan import SPLITS, AttentionPlan, is_short, make_plan
 from llmkern.ops.rope_attention.reference import (
     compute_dtype,
     rope_attention_backward_reference,
@@ -135,6 +136,43 @@ def rope_attention(
     cu_seqlens: Tensor | tuple[Tensor, Tensor] | None = None,
     plan: AttentionPlan | None = None,
 ) -> Tensor:
+    r"""Softmax attention that may be a polynomial, where that is faster and certified to be close; else exact.
+
+    .. math::  o_i = \sum_j e^{s_{ij}} v_j / \sum_j e^{s_{ij}}, \qquad s_{ij} = scale \; q_i \cdot k_j
+
+    Where scores are bounded, e^s is replaced by a polynomial p of degree g, whose sums over keys are moments: time
+    O((N + M) R Dv) with R monomials in place of O(N M D) (arXiv 2505.11892; gradient 2412.17316, without their FFT,
+    which rotary positions do not need). Every row is certified as it is computed, for any data, by
+    o - exact = (1/Z) sum_j (p - e^s)(s_ij) (v_j - exact), and rows whose certificate fails are computed exactly. Scores
+    of most pretrained models are larger than a polynomial can follow: there this is exact attention.
+
+    Args:
+        q, k, v: (B, Hq, N, D), (B, Hkv, M, D), (B, Hkv, M, Dv), as in ``F.scaled_dot_product_attention``; float32,
+            bfloat16, float16 (computed in float32) or float64; any strides, D and Dv up to 256.
+        rotary: turns q and k by their positions 0, 1, .. (of each sequence) first; None where that is done, or none.
+        is_causal: row i sees keys j <= i, counted from the first key, as in torch.
+        scale: of the scores, by default 1 / sqrt(D).
+        enable_gqa: allows Hkv < Hq, Hkv dividing Hq; head h uses key head h // (Hq / Hkv).
+        rtol: each row errs by at most rtol max_j |v_j - o_i| in the maximum norm, the maximum over the keys that it
+            sees; beside it only rounding, as in any attention of that dtype (``plan.rounding``).
+        method: "auto" takes the fastest route, "exact" torch's attention, "polynomial" insists.
+        key_mask: (B, M) bool, True where a key takes part. A row that sees no key is zero.
+        cu_seqlens: (S + 1,) ends of S sequences that lie side by side in a batch of 1, or a pair for queries and keys.
+        plan: from ``plan_attention``, to be used again: that costs nothing, and other data are certified too.
+            Under ``torch.compile`` plans cannot depend on data: there "auto" without a plan is exact.
+
+    Returns:
+        (B, Hq, N, Dv) in the dtype of v.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit; ``method="polynomial"`` where none certifies rtol, with the
+            bound that could be reached.
+
+    Differentiable once in q, k and v: the gradient of what is computed, with the plan held fixed. It saves q, k, v, the
+    result, two numbers a row and R (Dv + 1) a key head.
+    """
+    if method == "auto" and plan is rotary is key_mask is cu_seqlens is None and _is_plain(q, k, v) and rtol > 0:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale)
     args = check_arguments("rope_attention", q, k, v, rotary, scale, enable_gqa, rtol, method, key_mask, cu_seqlens)
     if plan is None:
         if torch.compiler.is_compiling() and method == "auto":
@@ -145,6 +183,20 @@ def rope_attention(
     if plan.method == "exact":
         return exact_attention(args, is_causal)
     return polynomial_attention(args, plan, is_causal)
+
+
+def _is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Valid shapes of as many heads everywhere, too short for a plan: the call is torch's, at its cost."""
+    return (
+        q.dim() == k.dim() == v.dim() == 4
+        and q.shape[:2] == k.shape[:2] == v.shape[:2]
+        and q.shape[3] == k.shape[3]
+        and k.shape[2] == v.shape[2]
+        and q.dtype == k.dtype == v.dtype
+        and q.is_floating_point()
+        and q.device == k.device == v.device
+        and is_short(q, k, v)
+    )
 
 
 def plan_attention(

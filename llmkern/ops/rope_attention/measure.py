@@ -58,11 +58,19 @@ class Limits:
         return (self.q * self.k).double()
 
     def grown(self, q: Tensor, k: Tensor) -> Limits:
-        """The same data under the limits that all tokens have, larger than those of the sample."""
+        """The same data under the limits that all tokens have, larger than those of the sample.
+
+        What the sample says of moments stays: rows beyond it are few, and exact where they fail. Where none may fail
+        moments grow with the limits.
+        """
+        key_norms = self.key_norms * (self.k / k.clamp(min=1e-30)).unsqueeze(-1)
+        grown = replace(self, q=q, k=k, key_norms=key_norms)
+        if self.allowed:
+            return grown
         by = ((q * k) / (self.q * self.k).clamp(min=1e-30)).clamp(min=1.0).unsqueeze(-1)
         moments = {order: x * by**order for order, x in self.moments.items()}
         tails = {r: (a * by**2, b * by**2) for r, (a, b) in self.tails.items()}
-        return replace(self, q=q, k=k, moments=moments, tails=tails, raw_bound=self.raw_bound * float(by.max()))
+        return replace(grown, moments=moments, tails=tails)
 
 
 @dataclass(frozen=True)
@@ -166,8 +174,10 @@ def measure(seen: Measured, split: float) -> Limits | None:
     return Limits(*found, moments, tails, split, seen.raw_bound, seen.allowed, norms)
 
 
-def candidates(limits: Limits, work: Work, rtol: float, dtype: torch.dtype, exact: float) -> list[Candidate]:
-    """Of every degree until one is good and a higher one cannot be faster, or all rows keep a thousandth of rtol."""
+def candidates(
+    limits: Limits, work: Work, rtol: float, dtype: torch.dtype, exact: float, ceiling: float = math.inf
+) -> list[Candidate]:
+    """Of every degree, until a higher one cannot be faster than a good one (or ``ceiling``) or err less to any use."""
     found: list[Candidate] = []
     bounds = limits.bounds.tolist()
     for degree in range(2, MAX_DEGREE + 1):
@@ -175,7 +185,7 @@ def candidates(limits: Limits, work: Work, rtol: float, dtype: torch.dtype, exac
         if degree > 2:
             shapes += [(r, anisotropic_count(work.dim, r, degree)) for r in limits.tails]
         shapes = [(r, count) for r, count in shapes if count <= MAX_FEATURES]
-        least = min((c.seconds for c in found if c.good), default=math.inf)
+        least = min((c.seconds for c in found if c.good), default=ceiling)
         shapes = [(r, count) for r, count in shapes if polynomial_seconds(work, count) < least]
         if not shapes:
             break

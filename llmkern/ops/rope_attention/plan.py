@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmkern._library import bad_value
 from llmkern.ops.rope_attention.arguments import Arguments
-from llmkern.ops.rope_attention.cost import Work, exact_seconds, polynomial_seconds
+from llmkern.ops.rope_attention.cost import SLOWEST_RATE, Work, exact_seconds, polynomial_seconds
 from llmkern.ops.rope_attention.measure import (
     MAX_FAILING,
     SAMPLED_ROWS,
@@ -32,7 +32,7 @@ CHUNK = 240
 # Shares of tokens of largest norm that a split computes exactly.
 SPLITS = (0.0, 1 / 256, 1 / 32)
 # A plan that finds nothing costs about this much; where exact attention is not 20 times as long none is made.
-LOOK_SECONDS = 5e-4
+LOOK_SECONDS = 2.5e-3
 # Heads from this size on are looked at for directions of little variance.
 BALANCED_DIM = 16
 
@@ -118,6 +118,12 @@ class AttentionPlan:
             f"{self.predicted_error:.2g}, rows that fail are computed exactly), predicted {self.speedup:.1f} times as "
             "fast as exact attention"
         )
+
+
+def is_short(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether exact attention is over before a plan could be made: from shapes alone, and quickly."""
+    work = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * (q.shape[3] + v.shape[3])
+    return work < 20 * LOOK_SECONDS * SLOWEST_RATE and q.shape[3] >= 8 <= v.shape[3]
 
 
 def make_plan(
@@ -240,7 +246,8 @@ class _Planner:
             return []
         # Samples err, prefixes are only like the whole; forced, all that the certificate allows.
         margin = 0.97 if self.method == "polynomial" and self.allowed else (0.8 if self.is_causal else 0.92)
-        return candidates(limits, self.work, margin * self.rtol, self.dtype, self.exact)
+        ceiling = self.exact if self.method == "auto" else math.inf
+        return candidates(limits, self.work, margin * self.rtol, self.dtype, self.exact, ceiling)
 
     def _polynomial(self, best: Candidate, basis: _Basis) -> AttentionPlan:
         q = self.args.q
