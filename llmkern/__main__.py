@@ -16,6 +16,7 @@ COMMANDS = {
     "doctor": ("llmkern.doctor", "versions, instruction sets, GPU, and which implementation of each op is live"),
     "demo": ("llmkern.demo", "train, tune and decode on real text, with a report"),
     "mod": ("llmkern.papers.mod.command", "multi-objective decoding: generate, sweep"),
+    "rope": ("llmkern.papers.rope.command", "attention with bounded scores: what the bound costs and buys"),
     "reproduce": ("llmkern.papers.reproduce", "small exact versions of the papers' experiments"),
 }
 

@@ -202,7 +202,7 @@ def new_model(settings: BaseSettings, vocabulary: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def language_model_loss(model: LlamaForCausalLM, ids: Tensor) -> Tensor:
+def language_model_loss(model: Any, ids: Tensor) -> Tensor:
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits
     return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
@@ -225,6 +225,20 @@ def load_base_model(
 def _train_base(
     cache: Cache, corpus: Corpus, settings: BaseSettings, console: Console, model: LlamaForCausalLM, key: str
 ) -> dict[str, Any]:
+    return train_language_model(cache, corpus, settings, console, model, "base", key, "training the base model")
+
+
+def train_language_model(
+    cache: Cache,
+    corpus: Corpus,
+    settings: BaseSettings,
+    console: Console,
+    model: Any,
+    stage: str,
+    key: str,
+    title: str,
+) -> dict[str, Any]:
+    """State of the model after its steps, and the curve of (step, training loss, held-out loss); resumable."""
     groups: list[dict[str, Any]] = [
         {"params": [p for p in model.parameters() if p.dim() > 1]},
         {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
@@ -233,8 +247,8 @@ def _train_base(
     length = settings.context + 1
     check = windows(corpus.held_out, settings.evaluation_windows, length, settings.seed)
     history: list[list[float]] = []
-    steps = resumable_steps(cache, "base", key, model, optimizer, settings.steps, history)
-    with progress_bar(console, "training the base model", settings.steps) as show:
+    steps = resumable_steps(cache, stage, key, model, optimizer, settings.steps, history)
+    with progress_bar(console, title, settings.steps) as show:
         for step in steps:
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * _schedule(step, settings.steps)

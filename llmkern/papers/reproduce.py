@@ -9,6 +9,7 @@ import importlib
 # status.
 EXPERIMENTS = {
     "mod": ("llmkern.papers.mod.experiment", "multi-objective decoding where every sequence can be enumerated"),
+    "rope": ("llmkern.papers.rope.experiment", "almost linear attention: time, error, certificates, where it ends"),
 }
 
 
