@@ -57,7 +57,7 @@ def stored(folder: Path, stage: str) -> dict:
 
 def test_report_stands_alone(finished):
     page = (finished / "report" / "index.html").read_text()
-    assert page.count("<svg") == page.count("</svg>") == 3
+    assert page.count("<svg") == page.count("</svg>") == 4
     assert not re.search(r"https?:|<script|<link|src=", page)
     for row in (
         "base model",
@@ -75,7 +75,12 @@ def test_report_stands_alone(finished):
 def test_nothing_half_written_remains(finished):
     names = {path.name.rpartition("-")[0] for path in (finished / "cache").iterdir()}
     rows = {f"row.{i:02d}" for i in range(20)}
-    assert names == {"corpus", "base", "scale", "policy.comments", "policy.calls", *rows}
+    rope = {
+        "rope.1",
+        *(f"rope.{kind}.{bound}" for kind in ("quality", "time") for bound in ("1", "none")),
+        "rope.time.torch",
+    }
+    assert names == {"corpus", "base", "scale", "policy.comments", "policy.calls", *rows, *rope}
 
 
 def test_second_run_makes_nothing_again(finished, monkeypatch, capsys):
@@ -89,9 +94,9 @@ def test_second_run_makes_nothing_again(finished, monkeypatch, capsys):
     first = re.findall(r"<table>.*?</table>", (finished / "report" / "index.html").read_text(), re.DOTALL)
     assert main(arguments(finished)) == 0
     again = re.findall(r"<table>.*?</table>", (finished / "report" / "index.html").read_text(), re.DOTALL)
-    # Last comes the table of speeds, which are measured each time.
-    assert len(first) == 4
-    assert again[:-1] == first[:-1]
+    # The speeds of the sampler are measured each time.
+    assert len(first) == 5
+    assert again[:3] + again[4:] == first[:3] + first[4:]
 
 
 # Runs the command of its arguments, and is killed while the ninth checkpoint of the base model is being stored.

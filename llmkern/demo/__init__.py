@@ -15,7 +15,7 @@ from typing import Any
 
 from llmkern._library import bad_value
 
-SECTIONS = ("llmkern.demo.mod",)
+SECTIONS = ("llmkern.demo.mod", "llmkern.demo.rope")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

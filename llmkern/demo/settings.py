@@ -69,12 +69,25 @@ class SpeedSettings:
 
 
 @dataclass(frozen=True)
+class RopeSettings:
+    """Attention with bounded scores: `steps` of tuning for each bound, then timings."""
+
+    bounds: tuple[float, ...] = (0.5, 1.0)
+    steps: int = 60
+    learning_rate: float = 1.5e-3
+    rtol: float = 1e-2
+    quality_length: int = 1025
+    lengths: tuple[int, ...] = (4096, 8192, 16384, 32768)
+
+
+@dataclass(frozen=True)
 class Settings:
     corpus: CorpusSettings = field(default_factory=CorpusSettings)
     base: BaseSettings = field(default_factory=BaseSettings)
     policy: PolicySettings = field(default_factory=PolicySettings)
     sweep: SweepSettings = field(default_factory=SweepSettings)
     speed: SpeedSettings = field(default_factory=SpeedSettings)
+    rope: RopeSettings = field(default_factory=RopeSettings)
     checkpoint_seconds: float = 10.0
 
 
@@ -88,5 +101,6 @@ FAST = Settings(
     PolicySettings(prompt=16, length=12, prompts=4, samples=4, steps=3, learning_rate=3e-3, scale_sequences=32),
     SweepSettings(seeds=3, prompts=4),
     SpeedSettings(batch=2, length=6, repeats=3, vocabulary=2000, micro_batch=2, micro_repeats=3),
+    RopeSettings(bounds=(1.0,), steps=4, quality_length=301, lengths=(1024, 4096)),
     checkpoint_seconds=0.0,
 )
