@@ -180,6 +180,7 @@ sources = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc").glob("*
 isas = isas_of(wish) if sources and not missing_for_build() else []
 
 HF = ["transformers>=5", "peft>=0.18", "safetensors", "accelerate"]
+SELECT = ["pyarrow", "ray", "rich", "matplotlib", "scipy"]
 DEMO = [*HF, "rich", "matplotlib", "scikit-learn"]
 TEST = ["pytest", "pytest-benchmark", "hypothesis", "scipy"]
 
@@ -198,9 +199,10 @@ setup(
     install_requires=["torch>=2.11,<2.14", "numpy"],
     extras_require={
         "hf": HF,
+        "select": SELECT,
         "demo": DEMO,
         "test": TEST,
-        "dev": [*DEMO, *TEST, "triton", "setuptools>=77", "ninja", "build", "ruff", "mypy", "clang-format"],
+        "dev": [*DEMO, *SELECT, *TEST, "triton", "setuptools>=77", "ninja", "build", "ruff", "mypy", "clang-format"],
     },
     entry_points={"console_scripts": ["llmkern=llmkern.__main__:main"]},
     ext_modules=[Extension(f"llmkern._cpu_{isa}", sources=sources, language="c++") for isa in isas],
