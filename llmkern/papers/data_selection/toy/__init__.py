@@ -1,0 +1,1 @@
+"""Selection where every arm can be trained from scratch several times: ``llmkern reproduce data-selection``."""
