@@ -16,6 +16,7 @@ from typing import Any
 from llmkern._library import bad_value
 
 SECTIONS = ("llmkern.demo.mod", "llmkern.demo.rope")
+SECTIONS = ("llmkern.demo.mod", "llmkern.demo.data_selection")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

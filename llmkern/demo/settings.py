@@ -78,6 +78,15 @@ class RopeSettings:
     rtol: float = 1e-2
     quality_length: int = 1025
     lengths: tuple[int, ...] = (4096, 8192, 16384, 32768)
+class SelectionSettings:
+    """Data selection: sizes of the pools, and the training of teachers and students."""
+
+    functions: int = 4000
+    held_out: int = 500
+    digits: int = 4000
+    seeds: int = 3
+    steps: int = 100
+    batch: int = 256
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,7 @@ class Settings:
     sweep: SweepSettings = field(default_factory=SweepSettings)
     speed: SpeedSettings = field(default_factory=SpeedSettings)
     rope: RopeSettings = field(default_factory=RopeSettings)
+    selection: SelectionSettings = field(default_factory=SelectionSettings)
     checkpoint_seconds: float = 10.0
 
 
@@ -102,5 +112,6 @@ FAST = Settings(
     SweepSettings(seeds=3, prompts=4),
     SpeedSettings(batch=2, length=6, repeats=3, vocabulary=2000, micro_batch=2, micro_repeats=3),
     RopeSettings(bounds=(1.0,), steps=4, quality_length=301, lengths=(1024, 4096)),
+    SelectionSettings(functions=300, held_out=60, digits=300, seeds=2, steps=3, batch=64),
     checkpoint_seconds=0.0,
 )
