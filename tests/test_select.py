@@ -360,6 +360,17 @@ def test_subset_is_what_the_resharder_takes(store: Path, tmp_path: Path) -> None
     assert all(np.searchsorted(array, a, "right") - np.searchsorted(array, a, "left") == 1 for a in array[:5])
 
 
+def test_filter_starts_from_the_set_of_another_method(store: Path, tmp_path: Path) -> None:
+    filter_store(store, tmp_path / "a.npy", FilterOptions((parse_stage("clip:0.5"),)), ONE)
+    argv = ["select", "filter", "--store", str(store), "--stage", "neg_clip:0.3", "--within", str(tmp_path / "a.npy")]
+    assert main([*argv, "--out", str(tmp_path / "b.npy")]) == 0
+    scores = scores_of(store)
+    inside = np.sort(np.argsort(-scores["clip"], kind="stable")[:315])
+    wanted = inside[np.argsort(-scores["neg_clip"][inside], kind="stable")[:189]]
+    found = [f"{hi:016x}{lo:016x}" for hi, lo in load_subset(tmp_path / "b.npy").tolist()]
+    assert found == sorted(scores["uid"][wanted])
+
+
 def test_vas_d_stage_has_the_moment_of_the_pool_first(tree: Path, store: Path, tmp_path: Path) -> None:
     stages = tuple(map(parse_stage, ("clip:0.5", "vas_d:0.3")))
     options = FilterOptions(stages, rounds=7)

@@ -57,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     filters.add_argument(
         "--stage", action="append", default=[], metavar="S:F", help="clip:0.3, clip>=0.28, norm_sim:0.2, vas_d:0.2, ..."
     )
+    filters.add_argument("--within", type=Path, metavar="FILE.npy", help="start from these uids and not from the pool")
     filters.add_argument("--rounds", type=int, default=168, metavar="R", help="of VAS-D (default 168)")
     filters.add_argument("--normalize", action="store_true", help="divide rows by their norm first")
     _add_target(filters)
@@ -148,6 +149,7 @@ def _filter(arguments: argparse.Namespace) -> None:
         arguments.precision,
         arguments.normalize,
         arguments.rounds,
+        None if arguments.within is None else str(arguments.within),
     )
     if arguments.rounds < 1:
         raise bad_value("select filter", "--rounds of at least 1", arguments.rounds)

@@ -26,7 +26,7 @@ from llmkern.papers.data_selection.score import DEFAULT_RUN, Run
 from llmkern.papers.data_selection.store import ROWS, Store, open_rows
 from llmkern.papers.data_selection.target import load_target, pool_moment, row_score
 from llmkern.papers.data_selection.tensors import as_tensor, unit_rows
-from llmkern.papers.data_selection.uids import parse_uids, save_subset, uid_order
+from llmkern.papers.data_selection.uids import contains, load_subset, parse_uids, save_subset, uid_order
 from llmkern.papers.data_selection.vas_d import vas_d
 
 LATE = ("vas", "norm_sim")
@@ -41,6 +41,7 @@ class FilterOptions:
     precision: str = "fp32"
     normalize: bool = False
     rounds: int = 168
+    within: str | None = None
 
 
 @dataclass
@@ -87,6 +88,10 @@ def filter_store(folder: str | Path, out: str | Path, options: FilterOptions, ru
     kept = np.flatnonzero(scores.flags == 0)
     total = len(scores.flags)
     steps: list[dict[str, Any]] = [{"stage": "pool", "rows": total}, {"stage": "can be scored", "rows": len(kept)}]
+    if options.within is not None:
+        # A set of another method as the input pool; fractions still count on all rows.
+        kept = kept[contains(load_subset(options.within, op), scores.uids[kept])]
+        steps.append({"stage": f"within {options.within}", "rows": len(kept)})
     with locked(op, store.path):
         for stage in options.stages:
             kept = _apply(store, scores, kept, stage, total, options, run)
