@@ -78,6 +78,9 @@ class RopeSettings:
     rtol: float = 1e-2
     quality_length: int = 1025
     lengths: tuple[int, ...] = (4096, 8192, 16384, 32768)
+
+
+@dataclass(frozen=True)
 class SelectionSettings:
     """Data selection: sizes of the pools, and the training of teachers and students."""
 
