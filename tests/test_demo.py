@@ -80,7 +80,11 @@ def test_nothing_half_written_remains(finished):
         *(f"rope.{kind}.{bound}" for kind in ("quality", "time") for bound in ("1", "none")),
         "rope.time.torch",
     }
-    assert names == {"corpus", "base", "scale", "policy.comments", "policy.calls", *rows, *rope}
+    selection = {
+        "selection.functions",
+        *(f"selection.{name}.{seed}" for name in ("code", "digits") for seed in range(2)),
+    }
+    assert names == {"corpus", "base", "scale", "policy.comments", "policy.calls", *rows, *rope, *selection}
 
 
 def test_second_run_makes_nothing_again(finished, monkeypatch, capsys):
@@ -94,9 +98,9 @@ def test_second_run_makes_nothing_again(finished, monkeypatch, capsys):
     first = re.findall(r"<table>.*?</table>", (finished / "report" / "index.html").read_text(), re.DOTALL)
     assert main(arguments(finished)) == 0
     again = re.findall(r"<table>.*?</table>", (finished / "report" / "index.html").read_text(), re.DOTALL)
-    # The speeds of the sampler are measured each time.
-    assert len(first) == 5
-    assert again[:3] + again[4:] == first[:3] + first[4:]
+    # The fourth is the table of speeds, which are measured each time.
+    assert len(first) == 7
+    assert [*again[:3], *again[4:]] == [*first[:3], *first[4:]]
 
 
 # Runs the command of its arguments, and is killed while the ninth checkpoint of the base model is being stored.
