@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 import triton
 import triton.language as tl
+import triton_rope_attention
 from oracle import assert_close, farther, map_tensors, nudge
 from torch import Tensor
 
@@ -356,6 +357,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield named(check_vas, 1, 1, torch.float32, False)
     yield named(check_lse, 1, 1, 1, torch.float32, 0)
     yield named(check_bad_rows_of_pairs)
+    yield from triton_rope_attention.cases()
 
 
 def main() -> None:
