@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from llmkern.kernels import _tiles
-from llmkern.kernels._monomials import TOKENS, Moments
 from llmkern.kernels._exact_pairs import Rows, add_gradients, blocks, exact_blocks, exact_scores, softmax_of
+from llmkern.kernels._monomials import TOKENS, Moments
 from llmkern.ops.rope_attention.reference import (
     ROUNDING_PARTS,
     TABLE_TAIL,

@@ -72,7 +72,8 @@ def _measure(
     held_out = windows(context.corpus.held_out, 1, min(sizes.quality_length, len(context.corpus.held_out) - 1), seed=29)
     every = [(bound_text(bound), *models[bound]) for bound in models]
     every.append(("none", context.model, context.model_key, context.loss_curve))
-    found, sdpa = [], []
+    found: list[Measured] = []
+    sdpa: list[dict[str, Any]] = []
     with progress_bar(context.console, "timing attention", len(lengths) * (1 + len(every))) as show:
 
         def timed(name: str, key: str, model: Any, n: int, make: Any) -> dict[str, Any]:

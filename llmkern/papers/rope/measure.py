@@ -35,7 +35,8 @@ class Heads:
         )
 
     def head(self, number: int) -> Heads:
-        return Heads(*(x[:1, number : number + 1].contiguous() for x in (self.q, self.k, self.v)), self.scale)
+        q, k, v = (x[:1, number : number + 1].contiguous() for x in (self.q, self.k, self.v))
+        return Heads(q, k, v, self.scale)
 
 
 class _Enough(Exception):
@@ -103,8 +104,8 @@ def measure_quality(model: Any, ids: Tensor, rtol: float) -> Quality:
         squares += float(scores.square().mean()) / len(layers)
         try:
             plan = heads.plan(rtol, "polynomial")
-        except ValueError as error:
-            reason = str(error)
+        except ValueError as refusal:
+            reason = str(refusal)
             continue
         if plan.degree >= degree:
             degree, features, predicted = plan.degree, plan.features, max(predicted, plan.predicted_error)

@@ -85,12 +85,12 @@ def gradient_row(n: int, dim: int, bound: float, rtol: float, is_causal: bool, s
     found: list[tuple[Tensor, ...]] = []
     for exact in (True, False):
         dtype = torch.float64 if exact else torch.float32
-        leaves = [x.to(dtype, copy=True).requires_grad_() for x in (heads.q, heads.k, heads.v)]
+        q, k, v = (x.to(dtype, copy=True).requires_grad_() for x in (heads.q, heads.k, heads.v))
         if exact:
-            out = F.scaled_dot_product_attention(*leaves, is_causal=is_causal, scale=1.0)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=1.0)
         else:
-            out = llmkern.rope_attention(*leaves, is_causal=is_causal, scale=1.0, rtol=rtol, plan=plan)
-        found.append(torch.autograd.grad(out, leaves, upstream.to(dtype)))
+            out = llmkern.rope_attention(q, k, v, is_causal=is_causal, scale=1.0, rtol=rtol, plan=plan)
+        found.append(torch.autograd.grad(out, (q, k, v), upstream.to(dtype)))
     errors = [float((b - a).abs().max() / a.abs().max()) for a, b in zip(*found)]
     return GradientRow(rtol, plan.degree, largest_row_error(heads, plan, is_causal), *errors)
 
