@@ -12,7 +12,8 @@ built. One tile at a time is in registers; a state of any size passes through.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -25,9 +26,8 @@ from llmkern.polynomial import Monomials, monomials
 # Monomials of a tile and tokens of a step; both are sides of a matrix product.
 ROWS = 32
 TOKENS = 32
-# Columns of values from which on a program takes twice the warps: with four its registers spill.
-WIDE = 128
-# float32 in three parts of bfloat16, six products of them: on matrix units of both makers, and as exact as float32.
+# float32 in three parts of bfloat16, six products of them: on the matrix units of NVIDIA, and as exact as float32. Those
+# of gfx942 take float32 itself.
 PRECISION = "bf16x6"
 
 
@@ -264,8 +264,11 @@ def polynomial_gradient_kernel(
 # Launchers ------------------------------------------------------------------------------------------------------------
 
 
-def warps_for(values: int) -> int:
-    return 8 if values > WIDE // 2 else 4
+def launch_options(architecture: str, values: int) -> dict[str, Any]:
+    """Warps are those with which registers do not spill: on NVIDIA twice as many where there are more columns."""
+    if architecture == "gfx942":
+        return {"PRECISION": "ieee", "num_warps": 4}
+    return {"PRECISION": PRECISION, "num_warps": 8 if values > 64 else 4}
 
 
 class Moments:
@@ -287,8 +290,7 @@ class Moments:
             "BLOCK_V": max(16, triton.next_power_of_2(values)),
             "ROWS": ROWS,
             "TOKENS": TOKENS,
-            "PRECISION": PRECISION,
-            "num_warps": warps_for(values),
+            **launch_options(_tiles.architecture(self.tiles.heads), values),
         }
 
     def moments(self, x: Tensor, u: Tensor, length: int) -> Tensor:
@@ -328,7 +330,7 @@ class Moments:
         return {"n": x.shape[1], "length": length, **counts}
 
 
-def aot_entry(kernel: object, factors: int, dim: int, values: int, extra: int = 0) -> tuple[object, ...]:
+def aot_entries(kernel: object, factors: int, dim: int, values: int, extra: int = 0) -> Iterator[tuple[object, ...]]:
     tensors = dict.fromkeys(("state", "x", "u", "out", "dx", "weights"), "*fp32")
     types = {**tensors, "heads": "*i32", "factors": "*i32"}
     types |= dict.fromkeys(("n", "length", "segments", "group", "n_tiles", "D", "V", "R"), "i32")
@@ -339,13 +341,16 @@ def aot_entry(kernel: object, factors: int, dim: int, values: int, extra: int = 
         "BLOCK_V": values,
         "ROWS": ROWS,
         "TOKENS": TOKENS,
-        "PRECISION": PRECISION,
     }
-    return _tiles.ahead_of_time(kernel, types, constants, warps_for(values))
+    for targets in (("sm_80", "sm_90"), ("gfx942",)):
+        options = launch_options(targets[0], values)
+        warps = options.pop("num_warps")
+        yield (*_tiles.ahead_of_time(kernel, types, constants | options, warps), targets)
 
 
-AOT = [
-    *(aot_entry(polynomial_moments_kernel, f, 16, v) for f, v in ((1, 64), (2, 16), (3, 128))),
-    *(aot_entry(polynomial_apply_kernel, f, 16, v, e) for f, v, e in ((1, 64, 1), (2, 16, 1), (3, 128, 3), (2, 64, 0))),
-    *(aot_entry(polynomial_gradient_kernel, f, d, v) for f, d, v in ((1, 64, 64), (2, 16, 16), (3, 64, 128))),
+_SIZES = [
+    *((polynomial_moments_kernel, f, 16, v) for f, v in ((1, 64), (2, 16), (3, 128))),
+    *((polynomial_apply_kernel, f, 16, v, e) for f, v, e in ((1, 64, 1), (2, 16, 1), (3, 128, 3), (2, 64, 0))),
+    *((polynomial_gradient_kernel, f, d, v) for f, d, v in ((1, 64, 64), (2, 16, 16), (3, 64, 128))),
 ]
+AOT = [entry for sizes in _SIZES for entry in aot_entries(*sizes)]

@@ -32,10 +32,12 @@ def module_of(path: Path) -> Any:
 
 
 def entries() -> list[Any]:
+    """(kernel, signature, constants, warps, stages), and the targets if not all, with each of its targets."""
     return [
-        pytest.param(entry, id=f"{path.stem}-{number}-{entry[0].__name__}")
+        pytest.param(entry[:5], target, id=f"{path.stem}-{number}-{entry[0].__name__}-{target}")
         for path in sorted(KERNELS.glob("*.py"))
         for number, entry in enumerate(getattr(module_of(path), "AOT", []))
+        for target in (entry[5] if len(entry) > 5 else TARGETS)
     ]
 
 
@@ -48,8 +50,7 @@ def test_every_kernel_is_in_an_aot_list(path: Path) -> None:
     assert kernels or path.name.startswith("_"), "a file without a kernel holds device functions: _<name>.py"
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("entry", entries())
+@pytest.mark.parametrize(("entry", "target"), entries())
 def test_compiles_within_the_limits_of(entry: tuple[Any, ...], target: str, tmp_path: Path) -> None:
     kernel, signature, constants, warps, stages = entry
     gpu, shared_limit = TARGETS[target]
