@@ -26,8 +26,8 @@ from llmkern.polynomial import Monomials, monomials
 # Monomials of a tile and tokens of a step; both are sides of a matrix product.
 ROWS = 32
 TOKENS = 32
-# float32 in three parts of bfloat16, six products of them: on the matrix units of NVIDIA, and as exact as float32. Those
-# of gfx942 take float32 itself.
+# float32 in three parts of bfloat16, six products of them: on the matrix units of NVIDIA, and as exact as float32. On
+# gfx942 they take float32 itself.
 PRECISION = "bf16x6"
 
 
