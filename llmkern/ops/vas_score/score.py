@@ -124,8 +124,8 @@ def vas_score(x: Embeddings, sigma: Tensor, y: Embeddings | None = None, *, prec
         x: (N, d) in float32, float16, bfloat16 or float64, a tensor or an array (np.memmap included).
         sigma: (d, d), in general ``second_moment`` of the target. It need not be symmetric or definite.
         y: (N, d), the other modality, for the cross form.
-        precision: ``"fp32"``, or ``"bf16"``: x, y and sigma are rounded to bf16 and the products summed in fp32, which
-            is faster where the machine multiplies bf16 matrices, and only there.
+        precision: ``"fp32"``, or ``"bf16"``: x, y and sigma are rounded to bf16 and the products summed in fp32, as
+            the matrix units of a GPU do it. On the CPU that rounds and saves nothing.
 
     Returns:
         (N,) in float32 (float64 for float64). A row of zeros scores 0; a row with NaN or infinity is not finite, and no

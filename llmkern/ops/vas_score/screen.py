@@ -43,7 +43,7 @@ def vas_top(x: Embeddings, sigma: Tensor, count: int, *, screen: str = "low_rank
         sigma: (d, d).
         count: rows to select, between 0 and N.
         screen: ``"low_rank"``: ``rank`` eigenvectors, 2 N d rank flops in place of N d^2, for spectra that fall;
-            ``"bf16"``: the full form in bf16, for machines that multiply bf16 matrices.
+            ``"bf16"``: the full form in bf16, for GPUs.
         rank: eigenvectors kept.
 
     Returns:
