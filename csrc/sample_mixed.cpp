@@ -147,9 +147,10 @@ int64_t draw(const Scores<A>& scores, const Probability<A>& probability, const F
   }
 
   const int64_t blocks = padded(scores.count) / kBlock, per_task = kPiecesPerTask * kPiece / kBlock;
-  c10::SmallVector<Race, 32> races(blocks / per_task + 1);
+  // One for each thread: tasks do not begin at multiples of their least size.
+  c10::SmallVector<Race, 32> races(at::get_num_threads());
   at::parallel_for(0, blocks, per_task, [&](int64_t first, int64_t last) {
-    run_race(scores, probability, cut, filters.min_p, philox, first, last, &races[first / per_task]);
+    run_race(scores, probability, cut, filters.min_p, philox, first, last, &races[at::get_thread_num()]);
   });
   Race winner;
   for (const Race& race : races) winner.enter(race);
