@@ -147,8 +147,8 @@ int64_t draw(const Scores<A>& scores, const Probability<A>& probability, const F
   }
 
   const int64_t blocks = padded(scores.count) / kBlock, per_task = kPiecesPerTask * kPiece / kBlock;
-  // One for each thread: tasks do not begin at multiples of their least size.
-  c10::SmallVector<Race, 32> races(at::get_num_threads());
+  // One for each thread, as tasks do not begin at multiples of their least size; within a row of its own thread, one.
+  c10::SmallVector<Race, 32> races(std::max(at::get_num_threads(), at::get_thread_num() + 1));
   at::parallel_for(0, blocks, per_task, [&](int64_t first, int64_t last) {
     run_race(scores, probability, cut, filters.min_p, philox, first, last, &races[at::get_thread_num()]);
   });
