@@ -77,7 +77,7 @@ class RopeSettings:
     learning_rate: float = 1.5e-3
     rtol: float = 1e-2
     quality_length: int = 1025
-    lengths: tuple[int, ...] = (4096, 8192, 16384, 32768)
+    lengths: tuple[int, ...] = (2048, 4096, 8192, 16384)
 
 
 @dataclass(frozen=True)
