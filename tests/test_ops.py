@@ -8,6 +8,8 @@ from cases import CASES, Case
 from oracle import assert_no_worse_than_torch, map_tensors
 from torch import Tensor
 
+from llmkern._library import cpu_build
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 EACH_CASE = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -29,8 +31,8 @@ def test_matches_oracle(case: Case, dtype: torch.dtype, device: str) -> None:
 @EACH_CASE
 def test_gradcheck(case: Case, device: str) -> None:
     tensors = [None if t is None else t.requires_grad_() for t in case.make(2, 19, torch.float64, device)]
-    # allow_unused: carry has no effect on exact reverse KL.
-    assert torch.autograd.gradcheck(case.function, tensors)
+    # Kernels in every direction; the references, of which each evaluation takes long, in random ones.
+    assert torch.autograd.gradcheck(case.function, tensors, fast_mode=cpu_build.isa is None)
 
 
 @EACH_CASE
