@@ -57,7 +57,7 @@ def stored(folder: Path, stage: str) -> dict:
 
 def test_report_stands_alone(finished):
     page = (finished / "report" / "index.html").read_text()
-    assert page.count("<svg") == page.count("</svg>") == 4
+    assert page.count("<svg") == page.count("</svg>") == 5
     assert not re.search(r"https?:|<script|<link|src=", page)
     for row in (
         "base model",
