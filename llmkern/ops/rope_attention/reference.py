@@ -127,10 +127,10 @@ def polynomial_pairs(
 
 
 def certified(pairs: Pairs, table: Table, rtol: float) -> Tensor:
-    """(n,) bool: the certificate of the row, rounding included, is at most rtol."""
+    """(n,) bool: the certificate of the row, rounding included, is at most rtol; no sum of it overflows."""
     slack = table.rounding * pairs.weight
     low = pairs.z - pairs.d - 2 * slack
-    return (low > 0) & (pairs.d + ROUNDING_PARTS * slack <= rtol * low)
+    return (low > 0) & low.isfinite() & (pairs.d + ROUNDING_PARTS * slack <= rtol * low)
 
 
 def masks(
