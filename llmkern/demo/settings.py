@@ -25,7 +25,7 @@ class BaseSettings:
     mlp: int = 384
     context: int = 128
     batch: int = 16
-    steps: int = 600
+    steps: int = 500
     learning_rate: float = 4e-3
     evaluate_every: int = 50
     evaluation_windows: int = 64
@@ -41,7 +41,7 @@ class PolicySettings:
     length: int = 40
     prompts: int = 24
     samples: int = 4
-    steps: int = 44
+    steps: int = 40
     learning_rate: float = 1.5e-4
     scale_sequences: int = 384
     seed: int = 1
