@@ -88,7 +88,10 @@ class Case:
 
     def floor(self, device: str) -> float:
         """Seconds below which this machine cannot be."""
-        compute = self.flops / matmul_rate(device, self.dtype) if self.flops else 0.0
+        compute = 0.0
+        if self.flops:
+            # Storage may be widened first: CPUs without instructions for half types multiply float32 far faster.
+            compute = self.flops / max(matmul_rate(device, dtype) for dtype in {self.dtype, torch.float32})
         return max(self.bytes / read_bandwidth(device), compute)
 
 

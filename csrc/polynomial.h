@@ -145,18 +145,19 @@ inline void add_moments(const Monomials& tables, const A* panel, const A* column
   }
 }
 
-// Weights of the monomials times a state, in tiles of columns: [column tile][row][kTileRows], for ``apply_state``.
+// Weights of the monomials times a state, in tiles of columns: [column tile][row][kTokenTileRows], for ``apply_state``.
 inline int64_t packed_size(int64_t rows, int64_t width) {
-  return (width + kTileRows - 1) / kTileRows * kTileRows * rows;
+  return (width + kTokenTileRows - 1) / kTokenTileRows * kTokenTileRows * rows;
 }
 
 // value(row, column) for rows [row_begin, row_end).
 template <typename A, typename Value>
 inline void pack_state(int64_t rows, int64_t width, int64_t row_begin, int64_t row_end, A* packed, Value value) {
-  for (int64_t c = 0; c < width; c += kTileRows) {
+  for (int64_t c = 0; c < width; c += kTokenTileRows) {
     A* tile = packed + c * rows;
     for (int64_t row = row_begin; row < row_end; ++row) {
-      for (int m = 0; m < kTileRows; ++m) tile[row * kTileRows + m] = c + m < width ? value(row, c + m) : A(0);
+      for (int m = 0; m < kTokenTileRows; ++m)
+        tile[row * kTokenTileRows + m] = c + m < width ? value(row, c + m) : A(0);
     }
   }
 }
@@ -169,7 +170,7 @@ inline void apply_state(const Monomials& tables, const A* panel, int64_t tokens,
   const auto columns = [&]<int M>(int64_t c, const A* weights) {
     for_token_tiles<A>(tokens, [&]<int N>(int64_t t) {
       for (const auto& block : tables.blocks) {
-        const auto tile = outer_tile<M, N, A>(block.count, weights + block.row * kTileRows, 1, kTileRows,
+        const auto tile = outer_tile<M, N, A>(block.count, weights + block.row * kTokenTileRows, 1, kTokenTileRows,
                                               panel + block.start * stride + t, stride);
         if (block.dim < 0) {
           add_tile(out + c * stride + t, stride, tile);
@@ -183,13 +184,13 @@ inline void apply_state(const Monomials& tables, const A* panel, int64_t tokens,
       }
     });
   };
-  for (int64_t c = 0; c < width; c += kTileRows) {
+  for (int64_t c = 0; c < width; c += kTokenTileRows) {
     const A* weights = packed + c * rows;
-    if (width - c >= kTileRows)
-      columns.template operator()<kTileRows>(c, weights);
+    if (width - c >= kTokenTileRows)
+      columns.template operator()<kTokenTileRows>(c, weights);
     else
-      for_row_tiles<kTileRows / 2>(width - c,
-                                   [&]<int M>(int64_t m) { columns.template operator()<M>(c + m, weights + m); });
+      for_row_tiles<kTokenTileRows / 2>(width - c,
+                                        [&]<int M>(int64_t m) { columns.template operator()<M>(c + m, weights + m); });
   }
 }
 

@@ -16,9 +16,9 @@ inline namespace CPU_CAPABILITY {
 
 // Registers: 12 accumulators of 16 (24 of 32 with AVX-512), and what they are fed from.
 #if defined(CPU_CAPABILITY_AVX512)
-constexpr int kTileRows = 8;
+constexpr int kTokenTileRows = 8;
 #else
-constexpr int kTileRows = 4;
+constexpr int kTokenTileRows = 4;
 #endif
 constexpr int kTileRegisters = 3;
 // Tokens of one tile.
@@ -74,7 +74,7 @@ template <typename A, typename Finish>
 inline void outer(int64_t rows, int64_t depth, int64_t tokens, const A* a, int64_t a_row, int64_t a_depth, const A* b,
                   int64_t b_depth, Finish finish) {
   for_token_tiles<A>(tokens, [&]<int N>(int64_t t) {
-    for_row_tiles<kTileRows>(rows, [&]<int M>(int64_t m) {
+    for_row_tiles<kTokenTileRows>(rows, [&]<int M>(int64_t m) {
       finish(m, t, outer_tile<M, N, A>(depth, a + m * a_row, a_row, a_depth, b + t, b_depth));
     });
   });
@@ -153,7 +153,7 @@ inline void dot_tile(int64_t tokens, const A* a, const A* b, int64_t stride, A* 
 template <typename A>
 inline void dot(int64_t f_rows, int64_t c_rows, int64_t tokens, const A* a, const A* b, int64_t stride, A* out,
                 int64_t out_row) {
-  for_row_tiles<kTileRows>(f_rows, [&]<int F>(int64_t f) {
+  for_row_tiles<kTokenTileRows>(f_rows, [&]<int F>(int64_t f) {
     int64_t c = 0;
     for (; c + 3 <= c_rows; c += 3)
       dot_tile<F, 3, A>(tokens, a + f * stride, b + c * stride, stride, out + f * out_row + c, out_row);

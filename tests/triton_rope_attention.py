@@ -8,13 +8,13 @@ from unittest import mock
 
 import torch
 from dense_attention import frozen_plan
-from oracle import assert_close, farther, map_tensors, nudge
+from oracle import FACTOR, assert_close, farther, map_tensors, nudge
 from torch import Tensor
 
 from llmkern.kernels import _monomials
 from llmkern.kernels import rope_attention as kernels
 from llmkern.ops.rope_attention import reference
-from llmkern.polynomial import monomials
+from llmkern.polynomial import Monomials, monomials
 
 CHUNK = 8
 BOTH = (reference.rope_attention_reference, reference.rope_attention_backward_reference)
@@ -82,29 +82,45 @@ def check(rows: int, keys: int, dtype: torch.dtype, options: dict[str, Any]) -> 
         assert_close(name, found, wanted, worse, dtype if name in ("out", "dv") else torch.float32, 8.0)
 
 
+def written_out(
+    tables: Monomials, x: Tensor, u: Tensor, state: Tensor, weights: Tensor, length: int
+) -> dict[str, Tensor]:
+    """What the three kernels compute, from every feature of every token."""
+    features, segment = tables.features(x), torch.arange(x.shape[1]) // length
+    parts = [features[:, segment == s].mT @ u[:, segment == s] for s in range(int(segment.max()) + 1)]
+    own = state[:, segment]
+    scaled = torch.einsum("hnr,hr,hnrw->hnw", features, weights[:, 0], own)
+    last = torch.einsum("hnr,hr,hnr->hn", features, weights[:, 1], own[..., -1])
+    leaf = x.detach().requires_grad_()
+    total = torch.einsum("hnr,hr,hnrw->hnw", tables.features(leaf), weights[:, 0], own)
+    (gradient,) = torch.autograd.grad((total * u).sum(), leaf)
+    return {
+        "moments": torch.stack(parts, 1),
+        "apply": torch.cat([scaled, last.unsqueeze(-1)], -1),
+        "gradient": gradient,
+    }
+
+
 def check_state_in_tiles(degree: int, leading: int) -> None:
     """The three kernels against features written out, with more monomials than a tile holds."""
+    length = 32
     moments = _monomials.Moments(4, degree, leading, torch.device("cpu"))
     tables = monomials(4, degree, leading)
     x, u = normal(1, 1, 40, 4).float(), normal(2, 1, 40, 4).float()
-    assert len(moments.tiles.heads) > len(tables.blocks)
-    features = tables.features(x.double())
-    state = moments.moments(x, u, 32)
-    for segment, tokens in enumerate((slice(0, 32), slice(32, 40))):
-        wanted = features[:, tokens].mT @ u[:, tokens].double()
-        torch.testing.assert_close(state[:, segment].double(), wanted, rtol=1e-4, atol=1e-4)
     weights = normal(3, 1, 2, tables.count).float()
-    found = moments.apply(x, state, weights, 32)
-    index = torch.arange(40) // 32
-    scaled = torch.einsum("hnr,hr,hnrw->hnw", features, weights[:, 0].double(), state[:, index].double())
-    last = torch.einsum("hnr,hr,hnr->hn", features, weights[:, 1].double(), state[:, index, :, -1].double())
-    torch.testing.assert_close(found[..., :-1].double(), scaled, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(found[..., -1].double(), last, rtol=1e-4, atol=1e-3)
-    leaf = x.double().requires_grad_()
-    total = (tables.features(leaf).unsqueeze(-1) * state[:, index].double() * weights[:, :1, :, None].double()).sum(2)
-    (wanted,) = torch.autograd.grad((total * u.double()).sum(), leaf)
-    found = moments.gradient(x, u, state, weights[:, 0].contiguous(), 32)
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-3)
+    assert len(moments.tiles.heads) > len(tables.blocks)
+    state = moments.moments(x, u, length)
+    ours = {
+        "moments": state,
+        "apply": moments.apply(x, state, weights, length),
+        "gradient": moments.gradient(x, u, state, weights[:, 0].contiguous(), length),
+    }
+    inputs = (x, u, state, weights)
+    truth = written_out(tables, *(t.double() for t in inputs), length)
+    base = written_out(tables, *inputs, length)
+    moved = written_out(tables, *(nudge(t) for t in inputs), length)
+    for name, wanted in truth.items():
+        assert_close(name, ours[name], wanted, farther(wanted, base[name], moved[name]), torch.float32, FACTOR)
 
 
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:

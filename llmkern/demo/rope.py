@@ -108,8 +108,10 @@ def _first_head(model: Any, text: Tensor, n: int) -> measure.Heads:
 # Words ----------------------------------------------------------------------------------------------------------------
 
 
-def _header(sdpa: list[dict[str, Any]]) -> list[str]:
-    return ["B", "held-out loss", "degree", "row error", *(f"{t['length']} tokens" for t in sdpa)]
+def _header(sdpa: list[dict[str, Any]], narrow: bool = False) -> list[str]:
+    """Narrow ones for a terminal of 80 columns."""
+    names = ["B", "loss", "degree", "error"] if narrow else ["B", "held-out loss", "degree", "row error"]
+    return [*names, *(f"n={t['length']}" if narrow else f"{t['length']} tokens" for t in sdpa)]
 
 
 def _cells(one: Measured, sdpa: list[dict[str, Any]]) -> list[str]:
@@ -133,7 +135,7 @@ def _table(context: Context, found: list[Measured], sdpa: list[dict[str, Any]]) 
         collapse_padding=True,
         title=f"rtol {context.settings.rope.rtol:g}; times as fast as torch, forward and backward of one causal head",
     )
-    for name in _header(sdpa):
+    for name in _header(sdpa, narrow=True):
         table.add_column(name, justify="right", no_wrap=True)
     for one in found:
         table.add_row(*_cells(one, sdpa))
@@ -152,10 +154,13 @@ def findings(context: Context, found: list[Measured], sdpa: list[dict[str, Any]]
             ours, torchs = one.timings[-1], sdpa[-1]
             sentence += (
                 f", and attention {torchs['seconds'] / ours['seconds']:.1f} times as fast as torch's at "
-                f"{ours['length']} tokens, by a polynomial of degree {ours['degree']}"
+                f"{ours['length']} tokens, in its first head by a polynomial of degree {ours['degree']}"
             )
         if one.quality["degree"]:
-            sentence += f"; its worst row errs by {one.quality['row_error']:.1e} of max|v - o|, certified is {rtol:g}"
+            sentence += (
+                f"; over all layers the worst row errs by {one.quality['row_error']:.1e} of max|v - o|, certified is "
+                f"{rtol:g}"
+            )
         sentences.append(f"{sentence}.")
     if base.quality["degree"]:
         sentences.append(
@@ -164,8 +169,8 @@ def findings(context: Context, found: list[Measured], sdpa: list[dict[str, Any]]
         )
     else:
         sentences.append(
-            f"Without a bound scores reach {base.quality['largest_score']:.1f}, and attention stays exact. The plan: "
-            f"{base.quality['reason']}."
+            f"Without a bound scores reach {base.quality['largest_score']:.1f}, and attention stays exact; a "
+            f"polynomial that is asked for is refused: {base.quality['reason']}."
         )
     return sentences
 

@@ -171,7 +171,8 @@ def rope_attention(
     Differentiable once in q, k and v: the gradient of what is computed, with the plan held fixed. It saves q, k, v, the
     result, two numbers a row and R (Dv + 1) a key head.
     """
-    if method == "auto" and plan is rotary is key_mask is cu_seqlens is None and _is_plain(q, k, v) and rtol > 0:
+    absent = all(x is None for x in (plan, rotary, key_mask, cu_seqlens))
+    if absent and method == "auto" and rtol > 0 and _is_plain(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale)
     args = check_arguments("rope_attention", q, k, v, rotary, scale, enable_gqa, rtol, method, key_mask, cu_seqlens)
     if plan is None:

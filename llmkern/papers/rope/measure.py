@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -211,6 +213,4 @@ def fitted_exponent(lengths: Sequence[int], seconds: Sequence[float]) -> float:
     """Slope of log seconds against log length, by least squares."""
     if len(lengths) < 2:
         return float("nan")
-    x, y = (torch.tensor(values, dtype=torch.float64).log() for values in (lengths, seconds))
-    x, y = x - x.mean(), y - y.mean()
-    return float((x @ y) / (x @ x))
+    return statistics.linear_regression([math.log(n) for n in lengths], [math.log(t) for t in seconds]).slope
