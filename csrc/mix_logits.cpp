@@ -26,7 +26,8 @@ void forward_reverse_kl(const MixInputs<T>& in, T* out, Acc<T>* stats) {
     c10::SmallVector<PieceSum<A>, 128> pieces(count_pieces(in.vocab));
     for_pieces(in.vocab, kPiecesPerTask, [&](int64_t piece, int64_t begin, int64_t end) {
       const A top = mixture.mix_couples(begin, end, z + begin);
-      pieces[piece] = sum_exp_piece(z + begin, end - begin, top);
+      pieces[piece] = sum_exp_piece(z + begin, end - begin, top, A(1),
+                                    [&](int64_t i, int64_t j) { mixture.prefetch(end + i, end + j); });
     });
     const A lse = combine(pieces.data(), pieces.size());
     if (!std::isfinite(lse)) bad.note(row);

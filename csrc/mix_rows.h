@@ -99,15 +99,25 @@ struct PieceSum {
   A sum;
 };
 
+struct NoWork {
+  void operator()(int64_t, int64_t) const {}
+};
+
 // Sum of exp((z - top) scale) over one piece of n entries, padded to a couple; NaN where z holds NaN, which top
-// overlooks.
-template <typename A>
-inline PieceSum<A> sum_exp_piece(const A* z, int64_t n, A top, A scale = 1) {
+// overlooks. This is arithmetic alone: `meanwhile(i, j)`, called for every kStride entries, is where memory can be
+// asked for.
+template <typename A, typename Meanwhile = NoWork>
+inline PieceSum<A> sum_exp_piece(const A* z, int64_t n, A top, A scale = 1, Meanwhile meanwhile = {}) {
+  constexpr int64_t kStride = 128;
   const Lanes<A> shift = fill(top > -std::numeric_limits<A>::infinity() ? top : A(0));
   Lanes<A> even{}, odd{};
-  for (int64_t i = 0; i < n; i += 2 * kLanes<A>) {
-    even += exp_for_sum(load(z + i, All{}) - shift, scale);
-    odd += exp_for_sum(load(z + i + kLanes<A>, All{}) - shift, scale);
+  for (int64_t begin = 0; begin < n; begin += kStride) {
+    const int64_t end = std::min(n, begin + kStride);
+    meanwhile(begin, end);
+    for (int64_t i = begin; i < end; i += 2 * kLanes<A>) {
+      even += exp_for_sum(load(z + i, All{}) - shift, scale);
+      odd += exp_for_sum(load(z + i + kLanes<A>, All{}) - shift, scale);
+    }
   }
   return {top, sum<A>(even + odd)};
 }
@@ -163,6 +173,14 @@ class LinearRow {
   // The same with the entries of each couple as load_couple places them, which costs less.
   A mix_couples(int64_t begin, int64_t end, A* out) const { return mix<true>(begin, end, out); }
 
+  // Asks for entries [begin, end) of each model, which may lie past the end of the row: there the next one begins.
+  void prefetch(int64_t begin, int64_t end) const {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (const Term<T>& term : terms_) {
+      for (int64_t i = begin; i < end; i += kLine) __builtin_prefetch(term.row + i);
+    }
+  }
+
  private:
   void add(const T* row, A weight) {
     if (weight == 0) return;
@@ -198,11 +216,11 @@ class LinearRow {
     for_couples<A>(begin, end, [&](int64_t i, auto entries) {
       Couple<A> z{};
       for (int j = 0; j < count; ++j) {
-        const Couple<A> x = Layout<kCouples>::load(terms[j].row + i, entries);
+        const Couple<A> x = load_couple(terms[j].row + i, entries);
         z.a += terms[j].weight * x.a;
         z.b += terms[j].weight * x.b;
       }
-      z = Layout<kCouples>::pad(z, entries);
+      z = place<kCouples>(z, entries);
       store_couple(out + (i - begin), z, All{});
       best_a = max(z.a, best_a);
       best_b = max(z.b, best_b);
@@ -218,7 +236,7 @@ class LinearRow {
     for_couples<A>(begin, end, [&](int64_t i, auto entries) {
       Couple<A> z{}, lowest{};
       for (const Term<T>& term : terms_) {
-        const Couple<A> x = Layout<kCouples>::load(term.row + i, entries);
+        const Couple<A> x = load_couple(term.row + i, entries);
         z.a += term.weight * x.a;
         z.b += term.weight * x.b;
         if (term.weight > 0) {
@@ -227,29 +245,23 @@ class LinearRow {
         }
       }
       z = {lowest.a == excluded ? excluded : z.a, lowest.b == excluded ? excluded : z.b};
-      z = Layout<kCouples>::pad(z, entries);
+      z = place<kCouples>(z, entries);
       store_couple(out + (i - begin), z, All{});
       best = max(max(z.a, z.b), best);
     });
     return top<A>(best);
   }
 
-  // Couples as load_couple has them for T, or in their order.
-  template <bool kCouples>
-  struct Layout {
-    template <typename Entries>
-    static Couple<A> load(const T* p, Entries entries) {
-      if constexpr (kCouples) {
-        return load_couple(p, entries);
-      } else {
-        return load_in_order(p, entries);
-      }
+  // The couple as load_couple has it for T, or in the order of its entries; past the end -inf.
+  template <bool kCouples, typename Entries>
+  static Couple<A> place(Couple<A> z, Entries entries) {
+    constexpr A kNothing = -std::numeric_limits<A>::infinity();
+    if constexpr (kCouples) {
+      return pad_couple<T>(z, kNothing, entries);
+    } else {
+      return pad_couple<A>(in_order<T>(z), kNothing, entries);
     }
-    template <typename Entries>
-    static Couple<A> pad(Couple<A> z, Entries entries) {
-      return pad_couple<std::conditional_t<kCouples, T, A>>(z, -std::numeric_limits<A>::infinity(), entries);
-    }
-  };
+  }
 
   c10::SmallVector<Term<T>, 8> terms_;
   bool negative_ = false;

@@ -197,7 +197,8 @@ std::pair<int64_t, Acc<T>> greedy_linear(const MixInputs<T>& in, const LinearRow
   for_pieces(in.vocab, kPiecesPerTask, [&](int64_t piece, int64_t begin, int64_t end) {
     alignas(64) A z[kPiece];
     const A best = mixture.mix_couples(begin, end, z);
-    pieces[piece] = sum_exp_piece(z, end - begin, best);
+    pieces[piece] =
+        sum_exp_piece(z, end - begin, best, A(1), [&](int64_t i, int64_t j) { mixture.prefetch(end + i, end + j); });
   });
   const A lse = combine(pieces.data(), pieces.size());
   if (!std::isfinite(lse)) return {-1, lse};
@@ -231,7 +232,8 @@ std::pair<int64_t, Acc<T>> sample_linear(const MixInputs<T>& in, const LinearRow
     const A top = mixture.mix(begin, end, z);
     if (end == in.vocab) std::fill(work.z + end, work.z + padded(end), -std::numeric_limits<A>::infinity());
     find_block_tops(work.z, begin, end, work.tops);
-    pieces[piece] = sum_exp_piece(z, end - begin, top);
+    pieces[piece] =
+        sum_exp_piece(z, end - begin, top, A(1), [&](int64_t i, int64_t j) { mixture.prefetch(end + i, end + j); });
     if (tempered) tempered_pieces[piece] = sum_exp_piece(z, end - begin, top, inverse);
   });
   const A top = top_of(pieces.data(), count), lse = combine(pieces.data(), count);
