@@ -25,23 +25,55 @@ inline int64_t certificate_columns(const Problem<T>& in) {
   return in.tables.leading < in.dim ? 2 : 1;
 }
 
-// State of one head with its coefficients, ready for apply_state.
-template <typename T, typename A = Acc<T>>
-inline void pack_head(const Problem<T>& in, const Coefficients<A>& c, const A* state, int64_t begin, int64_t end,
-                      A* packed) {
-  const Monomials& tables = in.tables;
-  const int64_t width = in.width();
-  pack_state(tables.count(), width + certificate_columns(in), begin, end, packed, [&](int64_t row, int64_t column) {
-    const double many = tables.multiplicity[row];
-    const int degree = tables.degrees[row];
-    if (column < width) return static_cast<A>(c.polynomial[degree] * many) * state[row * width + column];
-    double weight = tables.tail[row] ? many : 0.0;
-    if (column == width) {
-      weight = c.error * many * (in.options.contact == 0 ? c.polynomial[degree] : degree == in.options.contact);
+// What a head multiplies the state with, by state row: its coefficients in p, in the certificate and in the tail.
+template <typename T>
+class HeadWeights {
+  using A = Acc<T>;
+
+ public:
+  HeadWeights(const Problem<T>& in, int64_t g)
+      : width_(in.width()), columns_(width_ + certificate_columns(in)), rows_(in.tables.count()) {
+    const Coefficients<A> c = in.coefficients(g);
+    for (auto* weights : {&value_, &error_, &tail_}) weights->resize(rows_);
+    for (int64_t row = 0; row < rows_; ++row) {
+      const int degree = in.tables.degrees[row];
+      const double many = in.tables.multiplicity[row];
+      value_[row] = row_coefficient(in.tables, c, row);
+      error_[row] = static_cast<A>(c.error * many *
+                                   (in.options.contact == 0 ? c.polynomial[degree] : degree == in.options.contact));
+      tail_[row] = in.tables.tail[row] ? static_cast<A>(many) : A(0);
     }
-    return weight == 0 ? A(0) : static_cast<A>(weight) * state[row * width + width - 1];
-  });
-}
+  }
+
+  int64_t packed_size() const { return llmkern::packed_size(rows_, columns_); }
+
+  // State rows [begin, end) with their weights, for apply_state.
+  void pack(const A* state, int64_t begin, int64_t end, A* packed) const {
+    for (int64_t c = 0; c < columns_; c += kTokenTileRows) {
+      A* tile = packed + c * rows_;
+      for (int64_t row = begin; row < end; ++row) {
+        const A *from = state + row * width_, weight = value_[row];
+        A* to = tile + row * kTokenTileRows;
+        if (c + kTokenTileRows <= width_) {
+          for (int m = 0; m < kTokenTileRows; ++m) to[m] = weight * from[c + m];
+        } else {
+          for (int m = 0; m < kTokenTileRows; ++m)
+            to[m] = c + m < width_ ? weight * from[c + m] : other(c + m, row, from);
+        }
+      }
+    }
+  }
+
+ private:
+  // A row without part in a column may be infinite there.
+  A other(int64_t column, int64_t row, const A* from) const {
+    const A weight = column >= columns_ ? A(0) : (column == width_ ? error_[row] : tail_[row]);
+    return weight == 0 ? A(0) : weight * from[width_ - 1];
+  }
+
+  int64_t width_, columns_, rows_;
+  std::vector<A> value_, error_, tail_;
+};
 
 // Tokens of queries under way: panel, sums, limits. One per task.
 template <typename T>
@@ -176,54 +208,101 @@ class ExactRows {
   const Problem<T>& in_;
 };
 
-// state (count, width) += moments of keys [begin, end); returns the sum of their weights.
-template <typename T, typename A = Acc<T>>
-inline double add_keys(const KeySide<T>& side, int64_t begin, int64_t end, A* state) {
-  const Problem<T>& in = side.in;
-  const int64_t stride = token_stride<A>(std::min(kPanelTokens, end - begin)), width = in.width();
-  const Buffer<A> panel(panel_rows(in.tables) * stride), columns(2 * width * stride);
-  double total = 0;
-  for (int64_t j = begin; j < end; j += kPanelTokens) {
-    const int64_t count = std::min(kPanelTokens, end - j);
-    build_panel(in.tables, in.k + j * in.dim, in.dim, count, stride, panel.get(), stride);
+// Features of keys under way, and their columns.
+template <typename T>
+class KeyPanel {
+  using A = Acc<T>;
+
+ public:
+  KeyPanel(const KeySide<T>& side, int64_t tokens)
+      : side_(side),
+        stride_(token_stride<A>(std::min(kPanelTokens, tokens))),
+        panel_(panel_rows(side.in.tables) * stride_),
+        columns_(side.in.width() * stride_) {}
+
+  // Of keys [begin, begin + count); returns the sum of their weights.
+  double build(int64_t begin, int64_t count) const {
+    const Problem<T>& in = side_.in;
+    A* panel = panel_.get();
+    build_panel(in.tables, in.k + begin * in.dim, in.dim, count, stride_, panel, stride_);
     // A key beyond the limit has weight zero, but its powers may be infinite.
     for (int64_t t = 0; t < count; ++t) {
-      for (int64_t p = 0; side.heavy[j + t] && p < panel_rows(in.tables); ++p) panel.get()[p * stride + t] = 0;
+      for (int64_t p = 0; side_.heavy[begin + t] && p < panel_rows(in.tables); ++p) panel[p * stride_ + t] = 0;
     }
-    total += side.columns(j, count, stride, true, columns.get());
-    add_moments(in.tables, panel.get(), columns.get(), width, stride, stride, columns.get() + width * stride, state, 0,
-                in.tables.count());
+    return side_.columns(begin, count, stride_, true, columns_.get());
+  }
+
+  int64_t scratch_size() const { return side_.in.width() * stride_; }
+
+  // Rows [begin, end) of state (count, width) += moments.
+  void add_to(A* state, int64_t begin, int64_t end, A* scratch) const {
+    add_moments(side_.in.tables, panel_.get(), columns_.get(), side_.in.width(), stride_, stride_, scratch, state,
+                begin, end);
+  }
+
+ private:
+  const KeySide<T>& side_;
+  int64_t stride_;
+  Buffer<A> panel_, columns_;
+};
+
+// state (count, width) += moments of keys [begin, end), rows of the state in parallel; returns the sum of the weights.
+// done(row, row_end) follows the last keys.
+template <typename T, typename Done, typename A = Acc<T>>
+inline double add_keys(const KeySide<T>& side, const KeyPanel<T>& panel, int64_t begin, int64_t end, A* state,
+                       Done done) {
+  const int64_t rows = side.in.tables.count();
+  double total = 0;
+  for (int64_t j = begin; j < end; j += kPanelTokens) {
+    total += panel.build(j, std::min(kPanelTokens, end - j));
+    at::parallel_for(0, (rows + 31) / 32, 1, [&](int64_t first, int64_t last) {
+      const Buffer<A> scratch(panel.scratch_size());
+      const int64_t low = first * 32, high = std::min(rows, last * 32);
+      panel.add_to(state, low, high, scratch.get());
+      if (j + kPanelTokens >= end) done(low, high);
+    });
   }
   return total;
 }
 
 template <typename T, typename A = Acc<T>>
-inline double full_state(const KeySide<T>& side, A* state) {
-  const Problem<T>& in = side.in;
-  const int64_t size = in.tables.count() * in.width();
+inline double add_keys(const KeySide<T>& side, int64_t begin, int64_t end, A* state) {
+  return add_keys(side, KeyPanel<T>(side, end - begin), begin, end, state, [](int64_t, int64_t) {});
+}
+
+// Segments do not depend on the number of threads, only who computes them: a thread each, or, where there are more, all
+// threads one after the other, within.
+template <typename Body>
+inline void for_segments(Body body) {
+  if (at::get_num_threads() <= kSegments) return for_tasks(kSegments, body);
+  for (int64_t s = 0; s < kSegments; ++s) body(s);
+}
+
+// state = moments of keys [0, end); returns the sum of their weights. other: another state's room, where end is at
+// least kSegments kSegmentTokens.
+template <typename T, typename A = Acc<T>>
+inline double sum_keys(const KeySide<T>& side, int64_t end, A* state, A* other) {
+  const int64_t size = side.in.tables.count() * side.in.width();
   std::fill(state, state + size, A(0));
-  if (in.keys < kSegments * kSegmentTokens) return in.keys ? add_keys(side, 0, in.keys, state) : 0.0;
-  const Buffer<A> other(size);
-  other.zero();
-  // The segments do not depend on the number of threads.
-  const int64_t middle = round_up(in.keys / kSegments, kPanelTokens);
+  if (end < kSegments * kSegmentTokens) return end ? add_keys(side, 0, end, state) : 0.0;
+  std::fill(other, other + size, A(0));
+  const int64_t middle = round_up(end / kSegments, kPanelTokens);
   double totals[kSegments];
-  for_tasks(kSegments, [&](int64_t s) {
-    totals[s] = add_keys(side, s ? middle : 0, s ? in.keys : middle, s ? other.get() : state);
-  });
-  for (int64_t i = 0; i < size; ++i) state[i] += other.get()[i];
+  for_segments([&](int64_t s) { totals[s] = add_keys(side, s ? middle : 0, s ? end : middle, s ? other : state); });
+  for (int64_t i = 0; i < size; ++i) state[i] += other[i];
   return totals[0] + totals[1];
 }
 
 template <typename T, typename A = Acc<T>>
 inline void forward_full(const KeySide<T>& side, double rtol, const ForwardOutput<T>& to) {
   const Problem<T>& in = side.in;
-  const double weight = full_state(side, to.state);
   const int64_t rows = in.tables.count(), tokens = kTileTokens<A>;
+  const Buffer<A> other(in.keys < kSegments * kSegmentTokens ? 0 : rows * in.width());
+  const double weight = sum_keys(side, in.keys, to.state, other.get());
   const GatheredKeys<T> heavy(side, side.heavy_keys.size(), [&](int64_t i) { return side.heavy_keys[i]; });
   const Buffer<A> packed(packed_size(rows, in.width() + 2));
   for (int64_t g = 0; g < in.group; ++g) {
-    pack_head(in, in.coefficients(g), to.state, 0, rows, packed.get());
+    HeadWeights<T>(in, g).pack(to.state, 0, rows, packed.get());
     at::parallel_for(0, (in.queries + tokens - 1) / tokens, 1, [&](int64_t first, int64_t last) {
       RowTile<T> tile(side, tokens);
       tile.rtol = rtol;
@@ -235,59 +314,78 @@ inline void forward_full(const KeySide<T>& side, double rtol, const ForwardOutpu
   }
 }
 
-template <typename T, typename A = Acc<T>>
-inline void forward_causal(const KeySide<T>& side, double rtol, const ForwardOutput<T>& to) {
-  const Problem<T>& in = side.in;
-  const int64_t rows = in.tables.count(), width = in.width(), tokens = kTileTokens<A>;
-  std::fill(to.state, to.state + rows * width, A(0));
-  const GatheredKeys<T> heavy(side, side.heavy_keys.size(), [&](int64_t i) { return side.heavy_keys[i]; });
-  const int64_t pack_size = packed_size(rows, width + 2);
-  const Buffer<A> packed(in.group * pack_size);
-  const int64_t stride = token_stride<A>(std::min(kPanelTokens, in.options.chunk));
-  const Buffer<A> panel(panel_rows(in.tables) * stride), columns(width * stride);
-  double weight = 0;
-  for (int64_t begin = 0; begin < in.queries; begin += in.options.chunk) {
-    const int64_t end = std::min(in.queries, begin + in.options.chunk), key_end = std::min(end, in.keys);
-    const GatheredKeys<T> recent(side, std::max<int64_t>(0, key_end - begin), [&](int64_t i) { return begin + i; });
-    const int64_t tiles = (end - begin + tokens - 1) / tokens;
-    at::parallel_for(0, in.group * tiles, 1, [&](int64_t first, int64_t last) {
-      RowTile<T> tile(side, tokens);
-      tile.rtol = rtol;
-      for (int64_t task = first; task < last; ++task) {
-        const int64_t g = task / tiles, row = begin + task % tiles * tokens;
-        tile.run(g, row, std::min(tokens, end - row), begin && in.keys ? packed.get() + g * pack_size : nullptr, weight,
-                 heavy.block(), begin, recent.block(), to);
-      }
-    });
-    for (int64_t j = begin; j < key_end; j += kPanelTokens) {
-      const int64_t count = std::min(kPanelTokens, key_end - j);
-      build_panel(in.tables, in.k + j * in.dim, in.dim, count, stride, panel.get(), stride);
-      for (int64_t t = 0; t < count; ++t) {
-        for (int64_t p = 0; side.heavy[j + t] && p < panel_rows(in.tables); ++p) panel.get()[p * stride + t] = 0;
-      }
-      weight += side.columns(j, count, stride, true, columns.get());
-      const bool last_part = j + count == key_end;
-      at::parallel_for(0, (rows + 31) / 32, 1, [&](int64_t first, int64_t last) {
-        const Buffer<A> scratch(width * stride);
-        const int64_t row_begin = first * 32, row_end = std::min(rows, last * 32);
-        add_moments(in.tables, panel.get(), columns.get(), width, stride, stride, scratch.get(), to.state, row_begin,
-                    row_end);
-        for (int64_t g = 0; last_part && g < in.group; ++g) {
-          pack_head(in, in.coefficients(g), to.state, row_begin, row_end, packed.get() + g * pack_size);
+// Chunk by chunk: rows against the state of the chunks before and, pair by pair, their own. Long sequences go in two
+// segments at once, the second of which begins with the moments of the first.
+template <typename T>
+class CausalScan {
+  using A = Acc<T>;
+
+ public:
+  CausalScan(const KeySide<T>& side, double rtol, const ForwardOutput<T>& to)
+      : side_(side), in_(side.in), rtol_(rtol), to_(to), heavy_(side, side.heavy_keys.size(), [&](int64_t i) {
+          return side.heavy_keys[i];
+        }) {
+    for (int64_t g = 0; g < in_.group; ++g) heads_.emplace_back(in_, g);
+  }
+
+  void run() const {
+    const int64_t size = in_.tables.count() * in_.width();
+    const int64_t middle = round_up(in_.queries / kSegments, in_.options.chunk);
+    if (in_.queries < kSegments * kSegmentTokens || in_.keys < middle || middle >= in_.queries) {
+      std::fill(to_.state, to_.state + size, A(0));
+      scan(0, in_.queries, to_.state, 0.0);
+    } else {
+      const Buffer<A> first(size);
+      const double weight = sum_keys(side_, middle, to_.state, first.get());
+      first.zero();
+      for_segments(
+          [&](int64_t s) { s ? scan(middle, in_.queries, to_.state, weight) : scan(0, middle, first.get(), 0.0); });
+    }
+    // Keys past the last query enter the state alone.
+    if (in_.keys > in_.queries) add_keys(side_, in_.queries, in_.keys, to_.state);
+  }
+
+ private:
+  // Rows [begin, end), state and weight those of the keys before them.
+  void scan(int64_t begin, int64_t end, A* state, double weight) const {
+    const int64_t chunk = in_.options.chunk, tokens = kTileTokens<A>, pack_size = heads_[0].packed_size();
+    const Buffer<A> packed(in_.group * pack_size);
+    const KeyPanel<T> panel(side_, chunk);
+    const auto pack = [&](int64_t low, int64_t high) {
+      for (int64_t g = 0; g < in_.group; ++g) heads_[g].pack(state, low, high, packed.get() + g * pack_size);
+    };
+    pack(0, begin ? in_.tables.count() : 0);
+    for (int64_t at = begin; at < end; at += chunk) {
+      const int64_t row_end = std::min(end, at + chunk), key_end = std::min(row_end, in_.keys);
+      const GatheredKeys<T> recent(side_, std::max<int64_t>(0, key_end - at), [&](int64_t i) { return at + i; });
+      const int64_t tiles = (row_end - at + tokens - 1) / tokens;
+      at::parallel_for(0, in_.group * tiles, 1, [&](int64_t first, int64_t last) {
+        RowTile<T> tile(side_, tokens);
+        tile.rtol = rtol_;
+        for (int64_t task = first; task < last; ++task) {
+          const int64_t g = task / tiles, row = at + task % tiles * tokens;
+          tile.run(g, row, std::min(tokens, row_end - row), at && in_.keys ? packed.get() + g * pack_size : nullptr,
+                   weight, heavy_.block(), at, recent.block(), to_);
         }
       });
+      weight += add_keys(side_, panel, at, key_end, state, pack);
     }
   }
-  // Keys past the last query enter the state alone.
-  if (in.keys > in.queries) add_keys(side, in.queries, in.keys, to.state);
-}
+
+  const KeySide<T>& side_;
+  const Problem<T>& in_;
+  double rtol_;
+  const ForwardOutput<T>& to_;
+  GatheredKeys<T> heavy_;
+  std::vector<HeadWeights<T>> heads_;
+};
 
 template <typename T, typename A = Acc<T>>
 inline void forward_problem(const Problem<T>& in, double rtol, const ForwardOutput<T>& to) {
   KeySide<T> side(in);
   side.find_mean();
   if (in.options.is_causal)
-    forward_causal(side, rtol, to);
+    CausalScan<T>(side, rtol, to).run();
   else
     forward_full(side, rtol, to);
   A* last = to.state + in.tables.count() * in.width();

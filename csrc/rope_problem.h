@@ -14,6 +14,8 @@ inline namespace CPU_CAPABILITY {
 constexpr int64_t kPanelTokens = 240;
 constexpr int64_t kSegments = 2;
 constexpr int64_t kSegmentTokens = 2048;
+// Keys that a task looks at before any pass, and whose sums are one part of the mean.
+constexpr int64_t kLookTokens = 4096;
 // A normaliser above this may have lost terms that were held at exp(88).
 constexpr double kLargestNormalizer = 1e30;
 constexpr int kRoundingParts = 5;
@@ -88,9 +90,12 @@ struct Problem {
 
 template <typename A>
 inline A norm(const A* x, int64_t dim) {
-  A total = 0;
-  for (int64_t l = 0; l < dim; ++l) total += x[l] * x[l];
-  return std::sqrt(total);
+  Lanes<A> total{};
+  for_lanes<A>(0, dim, [&](int64_t l, auto lanes) {
+    const Lanes<A> part = load(x + l, lanes);
+    total += part * part;
+  });
+  return std::sqrt(sum<A>(total));
 }
 
 // What is known of the keys before any pass: their weights, which of them are too large, the mean of their values.
@@ -100,7 +105,8 @@ struct KeySide {
 
   const Problem<T>& in;
   A top = 0;
-  std::vector<bool> heavy;
+  // Of each key; bytes, since tasks write side by side.
+  std::vector<char> heavy;
   std::vector<int64_t> heavy_keys;
   std::vector<A> mean;
 
@@ -110,12 +116,16 @@ struct KeySide {
       if (top == -std::numeric_limits<A>::infinity()) top = 0;
     }
     const A limit = in.coefficients(0).k_limit;
+    for_tasks(looks(), [&](int64_t task) {
+      const int64_t end = std::min(in.keys, (task + 1) * kLookTokens);
+      for (int64_t j = task * kLookTokens; j < end; ++j) heavy[j] = !(norm(in.k + j * in.dim, in.dim) <= limit);
+    });
     for (int64_t j = 0; j < in.keys; ++j) {
-      if (norm(in.k + j * in.dim, in.dim) <= limit) continue;
-      heavy[j] = true;
-      heavy_keys.push_back(j);
+      if (heavy[j]) heavy_keys.push_back(j);
     }
   }
+
+  int64_t looks() const { return (in.keys + kLookTokens - 1) / kLookTokens; }
 
   A weight(int64_t j) const {
     if (heavy[j]) return 0;
@@ -124,16 +134,24 @@ struct KeySide {
 
   // Weighted mean of the values, in double: it is subtracted before sums, so that they round what differs alone.
   void find_mean() {
-    std::vector<double> sums(in.value_dim, 0.0);
-    double total = 0;
-    for (int64_t j = 0; j < in.keys; ++j) {
-      const A w = weight(j);
-      total += w;
-      const T* v = in.v + j * in.value_dim;
-      for (int64_t c = 0; c < in.value_dim; ++c)
-        sums[c] += w == 0 ? 0.0 : static_cast<double>(w * static_cast<A>(v[c]));
+    const int64_t width = in.width();
+    std::vector<double> parts(looks() * width, 0.0);
+    for_tasks(looks(), [&](int64_t task) {
+      double* sums = parts.data() + task * width;
+      const int64_t end = std::min(in.keys, (task + 1) * kLookTokens);
+      for (int64_t j = task * kLookTokens; j < end; ++j) {
+        const A w = weight(j);
+        if (w == 0) continue;
+        const T* v = in.v + j * in.value_dim;
+        for (int64_t c = 0; c < in.value_dim; ++c) sums[c] += static_cast<double>(w * static_cast<A>(v[c]));
+        sums[in.value_dim] += w;
+      }
+    });
+    for (int64_t task = 1; task < looks(); ++task) {
+      for (int64_t c = 0; c < width; ++c) parts[c] += parts[task * width + c];
     }
-    for (int64_t c = 0; c < in.value_dim; ++c) mean[c] = static_cast<A>(total > 0 ? sums[c] / total : 0.0);
+    if (parts.empty() || !(parts[in.value_dim] > 0)) return;
+    for (int64_t c = 0; c < in.value_dim; ++c) mean[c] = static_cast<A>(parts[c] / parts[in.value_dim]);
   }
 
   // Values less their mean and a one: rows of width.
