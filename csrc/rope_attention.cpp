@@ -1,10 +1,11 @@
-// rope_attention on the CPU: the dispatcher's end of rope_forward.h and rope_backward.h.
+// rope_attention on the CPU: the dispatcher's end of rope_forward.h, rope_backward.h and rope_norms.h.
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <tuple>
 
 #include "rope_backward.h"
+#include "rope_norms.h"
 
 namespace llmkern {
 inline namespace CPU_CAPABILITY {
@@ -141,11 +142,36 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> rope_attention_bwd(
           key_bias ? dbias.to(key_bias->scalar_type()) : at::empty({0}, grad.options())};
 }
 
+at::Tensor rope_attention_norms(const at::Tensor& x_, const Optional& shift, const Optional& map) {
+  const at::Tensor x = x_.stride(3) == 1 || x_.size(3) == 1 ? x_ : x_.contiguous();
+  const int64_t heads = x.size(1), tokens = x.size(2), dim = x.size(3),
+                tasks = (tokens + kLookTokens - 1) / kLookTokens;
+  at::Tensor norms;
+  LLMKERN_DISPATCH(x.scalar_type(), [&] {
+    using A = Acc<scalar_t>;
+    const auto type = c10::CppTypeToScalarType<A>::value;
+    norms = at::empty({x.size(0), heads, tokens}, x.options().dtype(type));
+    const at::Tensor shifts = shift ? shift->to(type).contiguous() : at::Tensor();
+    const at::Tensor maps = map ? map->to(type).contiguous() : at::Tensor();
+    for_tasks(x.size(0) * heads * tasks, [&](int64_t task) {
+      const int64_t head = task / tasks, begin = task % tasks * kLookTokens;
+      row_norms(
+          x.const_data_ptr<scalar_t>() + head / heads * x.stride(0) + head % heads * x.stride(1) + begin * x.stride(2),
+          x.stride(2), std::min(kLookTokens, tokens - begin), dim,
+          shift ? shifts.const_data_ptr<A>() + head * dim : nullptr,
+          map ? maps.const_data_ptr<A>() + head * dim * dim : nullptr,
+          norms.mutable_data_ptr<A>() + head * tokens + begin);
+    });
+  });
+  return norms;
+}
+
 }  // namespace
 
 void register_rope_attention(torch::Library& library) {
   library.impl("rope_attention_fwd", &rope_attention_fwd);
   library.impl("rope_attention_bwd", &rope_attention_bwd);
+  library.impl("rope_attention_norms", &rope_attention_norms);
 }
 
 }  // namespace CPU_CAPABILITY

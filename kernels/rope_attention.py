@@ -24,6 +24,7 @@ from llmkern.ops.rope_attention.reference import (
     ROUNDING_PARTS,
     TABLE_TAIL,
     rope_attention_backward_reference,
+    rope_attention_norms_reference,
     rope_attention_reference,
 )
 
@@ -175,6 +176,10 @@ class Problem:
 
 
 # Launchers ------------------------------------------------------------------------------------------------------------
+
+
+def rope_attention_norms(x: Tensor, shift: Tensor | None, maps: Tensor | None) -> Tensor:
+    return rope_attention_norms_reference(x, shift, maps)
 
 
 def rope_attention_fwd(

@@ -16,6 +16,7 @@ from llmkern.ops.rope_attention.plan import SPLITS, AttentionPlan, is_short, mak
 from llmkern.ops.rope_attention.reference import (
     compute_dtype,
     rope_attention_backward_reference,
+    rope_attention_norms_reference,
     rope_attention_reference,
 )
 from llmkern.ops.rope_attention.rotary import Rotary
@@ -67,6 +68,13 @@ define_op(
         torch.empty(v.shape, dtype=v.dtype, device=q.device),
         grad.new_empty(0) if key_bias is None else torch.empty(key_bias.shape, dtype=key_bias.dtype, device=q.device),
     ),
+)
+define_op(
+    "rope_attention_norms",
+    "(Tensor x, Tensor? shift, Tensor? maps) -> Tensor",
+    stem="rope_attention",
+    reference=rope_attention_norms_reference,
+    fake=lambda x, *_: x.new_empty(x.shape[:3], dtype=compute_dtype(x.dtype)),
 )
 
 

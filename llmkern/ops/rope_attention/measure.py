@@ -2,75 +2,81 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llmkern.ops.rope_attention.cost import Work, polynomial_seconds
 from llmkern.ops.rope_attention.reference import ROUNDING_PARTS
-from llmkern.polynomial import Fit, fit_exponential, round_up_bound
+from llmkern.polynomial import fit_exponential, round_up_bound
 from llmkern.polynomial.fit import MAX_BOUND
 
-SAMPLE, SAMPLED_ROWS = 1024, 256
+Array = NDArray[np.float64]
+
+# Of each head, and of all heads together: more of them need no more to tell a share of rows.
+SAMPLED_ROWS, SAMPLED_KEYS = 256, 1024
+ALL_ROWS, ALL_KEYS, FEWEST_ROWS, FEWEST_KEYS = 4096, 16384, 32, 256
 MAX_DEGREE = 10
 MAX_FEATURES = 120_000
 CONTACTS = (2, 4, 6)
 LEADING = (4, 8, 16, 32)
 # Rows that may fail their certificate, to be computed exactly.
 MAX_FAILING = 0.05
-
-
-@dataclass(frozen=True)
-class Measured:
-    """Queries (B, Hq, n, D) scaled and keys (B, Hkv, m, D) shifted, in the basis ``balanced`` or their own.
-
-    ``count``: keys that take part; ``raw_bound``: of the scores before the shift, which inputs are rounded with;
-    ``allowed``: share of the rows that may fail.
-    """
-
-    q: Tensor
-    k: Tensor
-    count: Tensor | int
-    raw_bound: float
-    balanced: bool
-    allowed: float
+# tr(A)^2 / (d tr(A^2)) of A, the product of the second moments: 1 where no direction matters more than another. Above
+# this no choice of leading directions pays.
+FLAT = 0.5
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one split: limits of the norms (B, Hq), moments of the scores of each sampled row, by order (B, Hq, rows), and
-    for leading directions r the means of t^2 and the roots of mean s^2 mean t^2."""
+    """Of one split: limits of the norms (H,), H heads of the batch; moments of the scores of each sampled row by order
+    (H, rows), and for leading directions r the roots of mean s^2 mean t^2 and the means of t^2."""
 
-    q: Tensor
-    k: Tensor
-    moments: dict[int, Tensor]
-    tails: dict[int, tuple[Tensor, Tensor]]
+    q: Array
+    k: Array
+    moments: dict[int, Array]
+    tails: dict[int, tuple[Array, Array]]
+    # Means of (|k| / limit)^m by m, (H, MAX_DEGREE + 1).
+    powers: Array
     split: float
     raw_bound: float
     allowed: float
-    # Norms of sampled keys over the limit, (B, Hq, keys).
-    key_norms: Tensor
 
     @property
-    def bounds(self) -> Tensor:
-        return (self.q * self.k).double()
+    def bounds(self) -> Array:
+        return self.q * self.k
 
-    def grown(self, q: Tensor, k: Tensor) -> Limits:
+    def grown(self, q: Array, k: Array) -> Limits:
         """The same data under the limits that all tokens have, larger than those of the sample.
 
         What the sample says of moments stays: rows beyond it are few, and exact where they fail. Where none may fail
         moments grow with the limits.
         """
-        key_norms = self.key_norms * (self.k / k.clamp(min=1e-30)).unsqueeze(-1)
-        grown = replace(self, q=q, k=k, key_norms=key_norms)
+        shrink = self.k / np.maximum(k, 1e-30)
+        grown = replace(self, q=q, k=k, powers=self.powers * shrink[:, None] ** np.arange(MAX_DEGREE + 1))
         if self.allowed:
             return grown
-        by = ((q * k) / (self.q * self.k).clamp(min=1e-30)).clamp(min=1.0).unsqueeze(-1)
+        by = np.maximum(1.0, q * k / np.maximum(self.q * self.k, 1e-30))[:, None]
         moments = {order: x * by**order for order, x in self.moments.items()}
         tails = {r: (a * by**2, b * by**2) for r, (a, b) in self.tails.items()}
         return replace(grown, moments=moments, tails=tails)
+
+
+class HeadFits(NamedTuple):
+    """One polynomial for each head: coefficients (H, degree + 1); error and factors of the tail (H, 1); bounds (H,)."""
+
+    coefficients: Array
+    error: Array
+    tail1: Array
+    tail0: Array
+    bounds: Array
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class Candidate:
     contact: int
     leading: int
     features: int
-    fits: list[list[Fit]]
+    fits: HeadFits
     limits: Limits
     error: float
     worst: float
@@ -102,8 +108,9 @@ class Candidate:
         return self.worst + ROUNDING_PARTS * self.rounding
 
 
-def sample(x: Tensor, count: int = SAMPLE) -> Tensor:
-    """Up to ``count`` tokens (dimension 2), evenly."""
+def sample(x: Tensor, most: int, all_heads: int, fewest: int) -> Tensor:
+    """Up to ``most`` tokens (dimension 2), evenly; fewer of many heads."""
+    count = min(most, max(fewest, all_heads // max(1, x.shape[0] * x.shape[1])))
     if x.shape[2] <= count:
         return x
     return x[:, :, torch.linspace(0, x.shape[2] - 1, count, device=x.device).long()]
@@ -114,9 +121,7 @@ def balance(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
     Scores stay as they are; norms shrink to what the scores need, and the directions that matter are the last.
     """
-    group = q.shape[1] // k.shape[1]
-    pooled = q.double().reshape(q.shape[0], k.shape[1], group * q.shape[2], q.shape[3])
-    moments = [x.mT @ x / max(x.shape[2], 1) for x in (pooled, k.double())]
+    moments = second_moments(q, k)
     eye = torch.eye(q.shape[3], dtype=torch.float64, device=q.device)
     ridge = [1e-6 * m.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp(min=1e-30) * eye for m in moments]
     (sq, sk) = (m + r for m, r in zip(moments, ridge))
@@ -131,134 +136,184 @@ def balance(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     return a.to(q), b.to(q)
 
 
-def find_limits(q: Tensor, k: Tensor, split: float) -> tuple[Tensor, Tensor] | None:
-    """Norms (B, Hq) that all but a share ``split`` keep; None where a split would gain little."""
-    q_limit, q_top = _limit(_norm(q), split)
-    k_limit, k_top = _limit(_norm(k), split)
-    if split and not bool(q_top.amax() * k_top.amax() > 1.2 * q_limit.amax() * k_limit.amax()):
+def second_moments(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Of queries, those of a group together, and of keys: (B, Hkv, D, D), in double."""
+    group = q.shape[1] // k.shape[1]
+    pooled = q.double().reshape(q.shape[0], k.shape[1], group * q.shape[2], q.shape[3])
+    of_q, of_k = (x.mT @ x / max(x.shape[2], 1) for x in (pooled, k.double()))
+    return of_q, of_k
+
+
+def is_flat(q: Tensor, k: Tensor) -> bool:
+    """Whether all heads spread their scores over all directions alike."""
+    of_q, of_k = second_moments(q, k)
+    product = of_q @ of_k
+    trace, square = product.diagonal(dim1=-2, dim2=-1).sum(-1), (product * product.mT).sum((-2, -1))
+    return bool((trace.square() >= FLAT * q.shape[3] * square).all())
+
+
+def find_limits(q: Tensor, k: Tensor, split: float, eps: float) -> tuple[Array, Array] | None:
+    """Of norms (B, Hq, n) and (B, Hkv, m), what all but a share ``split`` keep, (H,); None where that gains little."""
+    q_limit, q_top = _limit(q, split)
+    k_limit, k_top = _limit(k, split)
+    if split and not q_top.max(initial=0) * k_top.max(initial=0) > 1.2 * q_limit.max(initial=0) * k_limit.max(
+        initial=0
+    ):
         return None
-    margin = 1 + 256 * torch.finfo(q.dtype).eps
+    margin = 1 + 256 * eps
     group = q.shape[1] // max(k.shape[1], 1)
-    return q_limit * margin, (k_limit * margin).repeat_interleave(group, 1)
+    return q_limit.ravel() * margin, (k_limit * margin).repeat(group, 1).ravel()
 
 
-def usable(limits: tuple[Tensor, Tensor]) -> bool:
+def usable(limits: tuple[Array, Array]) -> bool:
     """Finite, and within what polynomials can do."""
-    bounds = limits[0] * limits[1]
-    return not bounds.numel() or bool((bounds <= MAX_BOUND / 1.1).all())
+    return bool((limits[0] * limits[1] <= MAX_BOUND / 1.1).all())
 
 
-def measure(seen: Measured, split: float) -> Limits | None:
-    """None where a split would change nothing, or scores are beyond any polynomial."""
-    q, k, group = seen.q, seen.k, seen.q.shape[1] // max(seen.k.shape[1], 1)
-    found = find_limits(q, k, split)
-    if found is None or not usable(found):
-        return None
-    if split:
-        k = k * (_norm(k) <= found[1][:, ::group, None]).unsqueeze(-1)
-        q = q * (_norm(q) <= found[0].unsqueeze(-1)).unsqueeze(-1)
-    per_key = seen.count if isinstance(seen.count, int) else seen.count.squeeze(-1)
-    per_key = max(per_key, 1) if isinstance(per_key, int) else per_key
+def measure(
+    q: Tensor, k: Tensor, count: Tensor | int, splits: tuple[float, ...], raw_bound: float, leads: bool, allowed: float
+) -> Iterator[Limits]:
+    """Limits by split, of sampled queries (B, Hq, n, D) and keys (B, Hkv, m, D) as the polynomial is to see them.
+
+    ``count``: keys that take part, (B, Hkv or 1, 1); ``raw_bound``: of the scores before the shift, which inputs are
+    rounded with; ``leads``: directions are in order; ``allowed``: share of the rows that may fail. Left out are splits
+    that would change nothing, and scores beyond any polynomial.
+    """
+    heads, group, dim = q.shape[0] * q.shape[1], q.shape[1] // max(k.shape[1], 1), q.shape[3]
+    norms = [torch.linalg.vector_norm(x, dim=-1) for x in (q, k)]
+    found = [(s, find_limits(*norms, s, torch.finfo(q.dtype).eps)) for s in splits]
+    kept = [(s, limits) for s, limits in found if limits is not None and usable(limits)]
+    if not kept:
+        return
+    q_limits, k_limits = (np.stack([limits[i] for _, limits in kept], -1) for i in (0, 1))
+    shape = (*q.shape[:2], 1, len(kept))
+    q_live = norms[0].unsqueeze(-1) <= torch.from_numpy(q_limits).to(q).reshape(shape)
+    k_norms = norms[1].repeat_interleave(group, 1)
+    k_live = (k_norms.unsqueeze(-1) <= torch.from_numpy(k_limits).to(q).reshape(shape)).to(q.dtype)
+    many = count if isinstance(count, int) else count.unsqueeze(-1)
+
+    def means(squares: Tensor) -> Array:
+        """Over the keys within the limits, of the rows within them: (splits, H, rows)."""
+        sums = squares @ k_live / many * q_live
+        return sums.double().cpu().numpy().reshape(heads, q.shape[2], len(kept)).transpose(2, 0, 1)
+
     squares = (q @ k.repeat_interleave(group, 1).mT).square()
     moments, power = {}, squares
     for order in CONTACTS:
-        moments[order] = power.sum(-1) / per_key
+        moments[order] = means(power)
         power = power * squares
-    norms = _norm(sample(k, SAMPLED_ROWS)).repeat_interleave(group, 1) / found[1].clamp(min=1e-30).unsqueeze(-1)
-    tails = {}
+    low = {}
     for r in LEADING:
-        first = q.shape[3] - r
-        if seen.balanced and first > 0:
-            low = (q[..., :first] @ k[..., :first].repeat_interleave(group, 1).mT).square().sum(-1) / per_key
-            tails[r] = ((moments[2] * low).sqrt(), low)
-    return Limits(*found, moments, tails, split, seen.raw_bound, seen.allowed, norms)
+        first = dim - r
+        if leads and first > 0:
+            low[r] = means((q[..., :first] @ k[..., :first].repeat_interleave(group, 1).mT).square())
+    lengths = k_norms.double().cpu().numpy().reshape(heads, k.shape[2])
+    for i, (split, limits) in enumerate(kept):
+        share = lengths / np.maximum(limits[1], 1e-30)[:, None]
+        share = np.where(share <= 1, share, 0.0)
+        powers = np.ones((len(share), MAX_DEGREE + 1))
+        power_of = share
+        for m in range(1, MAX_DEGREE + 1):
+            powers[:, m] = power_of.mean(-1) if power_of.size else 0.0
+            power_of = power_of * share
+        tails = {r: (np.sqrt(moments[2][i] * t2[i]), t2[i]) for r, t2 in low.items()}
+        yield Limits(*limits, {m: x[i] for m, x in moments.items()}, tails, powers, split, raw_bound, allowed)
 
 
 def candidates(
-    limits: Limits, work: Work, rtol: float, dtype: torch.dtype, exact: float, ceiling: float = math.inf
+    limits: Limits,
+    work: Work,
+    rtol: float,
+    dtype: torch.dtype,
+    exact: float,
+    ceiling: float = math.inf,
+    least_features: int = 0,
 ) -> list[Candidate]:
-    """Of every degree, until a higher one cannot be faster than a good one (or ``ceiling``) or err less to any use."""
+    """From the fewest features on, until more cannot be faster than a good candidate (or ``ceiling``)."""
     found: list[Candidate] = []
-    bounds = limits.bounds.tolist()
-    for degree in range(2, MAX_DEGREE + 1):
-        shapes = [(work.dim, math.comb(work.dim + degree, degree))]
-        if degree > 2:
-            shapes += [(r, anisotropic_count(work.dim, r, degree)) for r in limits.tails]
-        shapes = [(r, count) for r, count in shapes if count <= MAX_FEATURES]
-        least = min((c.seconds for c in found if c.good), default=ceiling)
-        shapes = [(r, count) for r, count in shapes if polynomial_seconds(work, count) < least]
-        if not shapes:
+    bounds = tuple(round_up_bound(b) for b in limits.bounds.tolist())
+    least, settled = ceiling, MAX_DEGREE
+    for features, degree, leading in shapes(work.dim, tuple(limits.tails)):
+        seconds = polynomial_seconds(work, features)
+        if seconds >= least:
             break
+        if features < least_features or degree > settled:
+            continue
         for contact in CONTACTS:
-            if contact > degree:
+            if contact > degree or (leading < work.dim and contact != 2):
                 continue
-            fits = [[fit_exponential(degree, contact, round_up_bound(b)) for b in heads] for heads in bounds]
-            worst = _absolute(fits, limits)
-            for leading, count in shapes:
-                if leading < work.dim and contact != 2:
-                    continue
-                rounding = rounding_of(work, count, dtype) * worst + 8 * torch.finfo(dtype).eps * limits.raw_bound
-                rows = _errors(fits, limits, contact, leading, work.dim)
-                kept = rows <= rtol - ROUNDING_PARTS * rounding
-                failing = 1 - float(kept.double().mean()) if rows.numel() else 0.0
-                top = float(rows.max()) if rows.numel() else 0.0
-                error = float(rows[kept].max()) if rows.numel() and failing < 1 else top
-                # A split computes its share of rows and of keys exactly, a failing row all its pairs.
-                share = min(1.0, 2 * limits.split + failing)
-                found.append(
-                    Candidate(
-                        degree,
-                        contact,
-                        leading,
-                        count,
-                        fits,
-                        limits,
-                        error,
-                        top,
-                        failing,
-                        rounding,
-                        polynomial_seconds(work, count) + share * exact * 1.5,
-                    )
-                )
-        if any(c.worst <= 1e-3 * rtol and c.leading == work.dim for c in found):
-            break
+            candidate = _candidate(
+                limits, bounds, degree, contact, leading, features, seconds, work, rtol, dtype, exact
+            )
+            found.append(candidate)
+            if candidate.good:
+                least = min(least, candidate.seconds)
+            if candidate.worst <= 1e-3 * rtol and leading == work.dim:
+                settled = degree
     return found
 
 
-def _absolute(fits: list[list[Fit]], limits: Limits) -> float:
-    """Mean over keys of sum_m |a_m| (limit |k_j|)^m, what the terms of a row's sums add up to without signs."""
-    a = torch.tensor([[f.coefficients for f in heads] for heads in fits], dtype=torch.float64).abs()
-    if not a.numel() or not limits.key_norms.numel():
-        return 1.0
-    x = limits.bounds.cpu().unsqueeze(-1) * limits.key_norms.double().cpu()
-    total = torch.zeros_like(x)
-    for m in reversed(range(a.shape[-1])):
-        total = total * x + a[..., m : m + 1]
-    return float(total.mean(-1).max())
+@functools.lru_cache(maxsize=64)
+def shapes(dim: int, leading: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """(features, degree, leading) of all polynomials that are thought of, fewest features first."""
+    every = [(math.comb(dim + degree, degree), degree, dim) for degree in range(2, MAX_DEGREE + 1)]
+    every += [(anisotropic_count(dim, r, degree), degree, r) for degree in range(3, MAX_DEGREE + 1) for r in leading]
+    return sorted(shape for shape in every if shape[0] <= MAX_FEATURES)
 
 
-def _errors(fits: list[list[Fit]], limits: Limits, contact: int, leading: int, dim: int) -> Tensor:
-    """Certificates of the sampled rows, (B, Hq, rows)."""
-    moments = limits.moments[contact]
-
-    def per_head(values: list[list[float]]) -> Tensor:
-        return torch.tensor(values, dtype=moments.dtype, device=moments.device).reshape(*moments.shape[:2], 1)
-
-    share = per_head([[f.error for f in heads] for heads in fits]) * moments
-    if leading < dim:
+def _candidate(
+    limits: Limits,
+    bounds: tuple[float, ...],
+    degree: int,
+    contact: int,
+    leading: int,
+    features: int,
+    seconds: float,
+    work: Work,
+    rtol: float,
+    dtype: torch.dtype,
+    exact: float,
+) -> Candidate:
+    fits = head_fits(degree, contact, bounds)
+    eps = torch.finfo(dtype).eps
+    rounding = rounding_of(work, features, dtype) * _absolute(fits, limits) + 8 * eps * limits.raw_bound
+    share = fits.error * limits.moments[contact]
+    if leading < work.dim:
         mixed, tail = limits.tails[leading]
-        factors = [[tail_factors(f) for f in heads] for heads in fits]
-        share = share + per_head([[f[0] for f in heads] for heads in factors]) * mixed
-        share = share + per_head([[f[1] for f in heads] for heads in factors]) * tail
-    # The true normaliser is at least the sum of the weights, since keys are centred; kernels divide by theirs.
-    return torch.where(share < 0.5, share / (1 - 2 * share), torch.inf)
+        share = share + fits.tail1 * mixed + fits.tail0 * tail
+    # The true normaliser is at least the sum of the weights, since keys are centred; kernels divide by theirs: a row
+    # errs by share / (1 - 2 share).
+    budget = rtol - ROUNDING_PARTS * rounding
+    kept = share <= (budget / (1 + 2 * budget) if budget > 0 else -1.0)
+    failing = 1 - float(kept.mean()) if kept.size else 0.0
+    worst = _error(float(share.max(initial=0.0)))
+    error = _error(float(share[kept].max(initial=0.0))) if failing < 1 else worst
+    # A split computes its share of rows and of keys exactly, a failing row all its pairs.
+    seconds += min(1.0, 2 * limits.split + failing) * exact * 1.5
+    return Candidate(degree, contact, leading, features, fits, limits, error, worst, failing, rounding, seconds)
 
 
-def tail_factors(fit: Fit) -> tuple[float, float]:
-    """Of sqrt(mean s^2 mean t^2) and of mean t^2 in the error of dropping tails above degree 2; see the reference."""
-    a, b = [abs(x) for x in fit.coefficients], fit.bound
-    first = sum(a[i] * i * b ** (i - 2) for i in range(3, len(a)))
-    return first, sum(a[i] * b ** (i - 2) for i in range(3, len(a)))
+def _error(share: float) -> float:
+    return share / (1 - 2 * share) if share < 0.5 else math.inf
+
+
+@functools.lru_cache(maxsize=1024)
+def head_fits(degree: int, contact: int, bounds: tuple[float, ...]) -> HeadFits:
+    fits = [fit_exponential(degree, contact, bound) for bound in bounds]
+    a = np.array([fit.coefficients for fit in fits]).reshape(len(fits), degree + 1)
+    b = np.array(bounds).reshape(len(fits), 1)
+    # Of sqrt(mean s^2 mean t^2) and of mean t^2 in the error of dropping tails above degree 2; see the reference.
+    orders = np.arange(3, degree + 1)
+    tails = np.abs(a[:, 3:]) * b ** (orders - 2.0)
+    error = np.array([fit.error for fit in fits]).reshape(len(fits), 1)
+    return HeadFits(a, error, (tails * orders).sum(-1, keepdims=True), tails.sum(-1, keepdims=True), b[:, 0])
+
+
+def _absolute(fits: HeadFits, limits: Limits) -> float:
+    """Mean over keys of sum_m |a_m| (limit |k_j|)^m, what the terms of a row's sums add up to without signs."""
+    orders = np.arange(fits.coefficients.shape[1])
+    terms = np.abs(fits.coefficients) * limits.bounds[:, None] ** orders * limits.powers[:, : len(orders)]
+    return float(terms.sum(-1).max(initial=1.0))
 
 
 def anisotropic_count(dim: int, leading: int, degree: int) -> int:
@@ -272,15 +327,13 @@ def rounding_of(work: Work, features: int, dtype: torch.dtype) -> float:
     return 6 * math.sqrt(chain) * torch.finfo(dtype).eps / 2
 
 
-def _norm(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1)
-
-
-def _limit(norms: Tensor, split: float) -> tuple[Tensor, Tensor]:
+def _limit(norms: Tensor, split: float) -> tuple[Array, Array]:
     """The norm that all but a share ``split`` of the tokens keep, and the largest, (B, H)."""
     if norms.shape[-1] == 0:
-        return norms.new_zeros(norms.shape[:-1]), norms.new_zeros(norms.shape[:-1])
+        empty = np.zeros(norms.shape[:-1])
+        return empty, empty
     if not split:
-        return norms.amax(-1), norms.amax(-1)
-    top = norms.topk(min(norms.shape[-1], math.ceil(split * norms.shape[-1]) + 1), -1).values
-    return top[..., -1], top[..., 0]
+        top = norms.amax(-1).double().cpu().numpy()
+        return top, top
+    tops = norms.topk(min(norms.shape[-1], math.ceil(split * norms.shape[-1]) + 1), -1).values.double().cpu().numpy()
+    return tops[..., -1], tops[..., 0]

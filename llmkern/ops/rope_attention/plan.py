@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,17 +14,21 @@ from llmkern._library import bad_value
 from llmkern.ops.rope_attention.arguments import Arguments
 from llmkern.ops.rope_attention.cost import SLOWEST_RATE, Work, exact_seconds, polynomial_seconds
 from llmkern.ops.rope_attention.measure import (
+    ALL_KEYS,
+    ALL_ROWS,
+    FEWEST_KEYS,
+    FEWEST_ROWS,
     MAX_FAILING,
+    SAMPLED_KEYS,
     SAMPLED_ROWS,
     Candidate,
     Limits,
-    Measured,
     balance,
     candidates,
     find_limits,
+    is_flat,
     measure,
     sample,
-    tail_factors,
     usable,
 )
 from llmkern.ops.rope_attention.reference import ROUNDING_PARTS, compute_dtype
@@ -86,16 +91,21 @@ class AttentionPlan:
         return costs["exact"] / costs["polynomial"] if len(costs) == 2 else 1.0
 
     def transform_queries(self, q: Tensor) -> Tensor:
-        """What the polynomial is applied to: q scaled, in the basis of the plan; in the dtype of computation."""
-        q = q * self.scale
+        """What the polynomial is applied to: q in the basis of the plan."""
         if self.query_map is None:
             return q
         return q @ self.query_map.to(q).repeat_interleave(q.shape[1] // self.query_map.shape[1], 1)
 
     def transform_keys(self, k: Tensor) -> Tensor:
-        """The same for keys: less the planned mean, which no softmax notices, and in the dual basis."""
-        k = k if self.key_shift is None else k - self.key_shift.to(k)
-        return k if self.key_map is None else k @ self.key_map.to(k)
+        """The same for keys: less the planned mean, which no softmax notices, scaled, and in the dual basis."""
+        if self.key_map is not None:
+            k = k @ (self.key_map.to(k) * self.scale)
+            return k if self.key_shift is None else k - self.key_shift.to(k) @ (self.key_map.to(k) * self.scale)
+        return (
+            k * self.scale
+            if self.key_shift is None
+            else torch.add(-self.scale * self.key_shift.to(k), k, alpha=self.scale)
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """All fields, as plain numbers and tensors."""
@@ -145,15 +155,15 @@ def make_plan(
 
 
 class _Basis(NamedTuple):
-    """What q and k are turned into: k less its shift, times maps."""
+    """What q and k are turned into: k less its shift and scaled, times maps (B, Hkv, D, D)."""
 
     shift: Tensor
-    q: Tensor | None
-    k: Tensor | None
+    q: Tensor | None = None
+    k: Tensor | None = None
 
 
 class _Planner:
-    """Looks at a sample first; what it recommends is measured on all tokens."""
+    """Looks at a sample first; what it recommends is held against the norms of all tokens."""
 
     def __init__(
         self,
@@ -172,90 +182,89 @@ class _Planner:
         # A decode state has no second way: there no row may fail.
         self.allowed = MAX_FAILING if len(splits) > 1 else 0.0
         self.dtype = compute_dtype(args.q.dtype)
+        self.group = args.q.shape[1] // args.k.shape[1]
 
     @torch.no_grad()
     def plan(self) -> AttentionPlan:
         args = self.args
-        mask = None if args.key_mask is None else args.key_mask.unsqueeze(1)
-        few_q, few_k = sample(args.q, SAMPLED_ROWS), sample(args.k)
-        few_mask = None if mask is None else sample(mask)
-        tried: list[tuple[Candidate, bool]] = []
-        for balanced in (False, True):
-            if balanced and (self.work.dim < BALANCED_DIM or self._is_settled(tried)):
-                continue
-            seen = self._look(few_q, few_k, few_mask, balanced)
-            for limits in (measure(seen, split) for split in self.splits):
-                tried += [(c, balanced) for c in self._candidates(limits)]
+        q = sample(args.q, SAMPLED_ROWS, ALL_ROWS, FEWEST_ROWS).to(self.dtype)
+        k = sample(args.k, SAMPLED_KEYS, ALL_KEYS, FEWEST_KEYS).to(self.dtype)
+        count: Tensor | int = max(k.shape[2], 1)
+        live = None
+        if args.key_mask is not None:
+            live = sample(args.key_mask[:, None, :, None], SAMPLED_KEYS, ALL_KEYS, FEWEST_KEYS)
+            k = torch.where(live, k, torch.zeros_like(k))
+            count = live.sum(2).clamp(min=1)
+        shift = k.sum(2, keepdim=True) / (count if isinstance(count, int) else count.unsqueeze(-1))
+        centred = (k - shift if live is None else (k - shift) * live) * self.args.scale
+        raw_bound = self._bound(q, k) * abs(self.args.scale)
+        basis = _Basis(shift)
+        tried = self._look(q, centred, count, raw_bound, basis)
+        if self._may_lead(tried) and not is_flat(q, centred):
+            maps = balance(q, centred)
+            basis = _Basis(shift, *maps)
+            tried += self._look(
+                q @ maps[0].repeat_interleave(self.group, 1), centred @ maps[1], count, raw_bound, basis
+            )
         good = [pair for pair in tried if pair[0].good]
         if not good or (self.method == "auto" and min(c.seconds for c, _ in good) >= self.exact):
             return self._exact([c for c, _ in tried])
-        first, balanced = min(good, key=lambda pair: pair[0].seconds)
+        first, basis = min(good, key=lambda pair: pair[0].seconds)
         # The norms of all tokens set the limits; what the sample says of moments grows with them.
-        basis = self._basis(few_q, few_k, few_mask, balanced)
-        q, k = self._transform(args.q, args.k, mask, basis)
-        found = find_limits(q, k, first.split) or find_limits(q, k, 0.0)
+        norms = self._all_norms(basis)
+        eps = torch.finfo(self.dtype).eps
+        found = find_limits(*norms, first.split, eps) or find_limits(*norms, 0.0, eps)
         assert found is not None
-        again = self._candidates(first.limits.grown(*found) if usable(found) else None)
+        again = self._candidates(first.limits.grown(*found) if usable(found) else None, first.features)
         fit = [c for c in again if c.good]
         if not fit or (self.method == "auto" and min(c.seconds for c in fit) >= self.exact):
             return self._exact(again)
         return self._polynomial(min(fit, key=lambda c: c.seconds), basis)
 
-    def _is_settled(self, tried: list[tuple[Candidate, bool]]) -> bool:
-        """What is found costs little enough that directions of little variance are not worth a look."""
-        return any(c.good and (c.degree == 2 or c.seconds < 0.03 * self.exact) for c, _ in tried)
+    def _look(
+        self, q: Tensor, k: Tensor, count: Tensor | int, raw_bound: float, basis: _Basis
+    ) -> list[tuple[Candidate, _Basis]]:
+        self.bound = min(self.bound, self._bound(q, k))
+        seen = measure(q, k, count, self.splits, raw_bound, basis.q is not None, self.allowed)
+        return [(c, basis) for limits in seen for c in self._candidates(limits)]
 
-    def _basis(self, q: Tensor, k: Tensor, mask: Tensor | None, balanced: bool) -> _Basis:
-        q, k, live, count = self._cast(q, k, mask)
-        shift = k.sum(2, keepdim=True) / count
-        maps = balance(q, k - shift if live is None else (k - shift) * live) if balanced else (None, None)
-        return _Basis(shift, *maps)
+    def _may_lead(self, tried: list[tuple[Candidate, _Basis]]) -> bool:
+        """Whether features of directions of little variance are worth a look: the others cost more than it."""
+        if self.work.dim < BALANCED_DIM:
+            return False
+        best = min((c.seconds for c, _ in tried if c.good), default=math.inf)
+        return best - polynomial_seconds(self.work, math.comb(self.work.dim + 2, 2)) > 2 * LOOK_SECONDS
 
-    def _cast(self, q: Tensor, k: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Any]:
-        q, k = q.to(self.dtype) * self.args.scale, k.to(self.dtype)
-        if mask is None:
-            return q, k, None, max(k.shape[2], 1)
-        live = mask.unsqueeze(-1).to(self.dtype)
-        return q, torch.where(live > 0, k, torch.zeros_like(k)), live, live.sum(2, keepdim=True).clamp(min=1)
+    def _all_norms(self, basis: _Basis) -> tuple[Tensor, Tensor]:
+        """(B, Hq, N) and (B, Hkv, M), of keys that take part."""
+        norms = torch.ops.llmkern.rope_attention_norms
+        query_map = None if basis.q is None else basis.q.repeat_interleave(self.group, 1)
+        shift = basis.shift.expand(*self.args.k.shape[:2], 1, -1)
+        of_keys = norms(self.args.k.detach(), shift, basis.k) * abs(self.args.scale)
+        if self.args.key_mask is not None:
+            of_keys = of_keys.masked_fill(~self.args.key_mask.unsqueeze(1), 0.0)
+        return norms(self.args.q.detach(), None, query_map), of_keys
 
-    def _transform(self, q: Tensor, k: Tensor, mask: Tensor | None, basis: _Basis) -> tuple[Tensor, Tensor]:
-        q, k, live, _ = self._cast(q, k, mask)
-        k = k - basis.shift if live is None else (k - basis.shift) * live
-        if basis.q is None or basis.k is None:
-            return q, k
-        return q @ basis.q.repeat_interleave(q.shape[1] // k.shape[1], 1), k @ basis.k
-
-    def _look(self, few_q: Tensor, few_k: Tensor, mask: Tensor | None, balanced: bool) -> Measured:
-        basis = self._basis(few_q, few_k, mask, balanced)
-        q, k = self._transform(few_q, few_k, mask, basis)
-        raw = few_q.to(self.dtype) * self.args.scale, self._cast(few_q, few_k, mask)[1]
-        raw_bound, top = (self._bound(a, b) for a, b in (raw, (q, k)))
-        self.bound = min(self.bound, top)
-        return Measured(q, k, self._cast(few_q, few_k, mask)[3], raw_bound, balanced, self.allowed)
-
-    @staticmethod
-    def _bound(q: Tensor, k: Tensor) -> float:
+    def _bound(self, q: Tensor, k: Tensor) -> float:
         if not q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]:
             return 0.0
-        tops = (torch.linalg.vector_norm(x, dim=-1).amax(-1) for x in (q, k))
-        first, second = tops
-        return float((first * second.repeat_interleave(q.shape[1] // k.shape[1], 1)).amax())
+        first, second = (torch.linalg.vector_norm(x, dim=-1).amax(-1) for x in (q, k))
+        return float((first * second.repeat_interleave(self.group, 1)).amax())
 
-    def _candidates(self, limits: Limits | None) -> list[Candidate]:
+    def _candidates(self, limits: Limits | None, least_features: int = 0) -> list[Candidate]:
         if limits is None:
             return []
         # Samples err, prefixes are only like the whole; forced, all that the certificate allows.
         margin = 0.97 if self.method == "polynomial" and self.allowed else (0.8 if self.is_causal else 0.92)
         ceiling = self.exact if self.method == "auto" else math.inf
-        return candidates(limits, self.work, margin * self.rtol, self.dtype, self.exact, ceiling)
+        return candidates(limits, self.work, margin * self.rtol, self.dtype, self.exact, ceiling, least_features)
 
     def _polynomial(self, best: Candidate, basis: _Basis) -> AttentionPlan:
         q = self.args.q
-        rows = [
-            [[*f.coefficients, f.error, *tail_factors(f), 0.0, 0.0, best.rounding] for f in fits] for fits in best.fits
-        ]
-        table = torch.tensor(rows, dtype=torch.float64, device=q.device).reshape(*q.shape[:2], best.degree + 7)
-        table[..., -3], table[..., -2] = best.limits.q, best.limits.k
+        fits = best.fits
+        rest = (fits.error, fits.tail1, fits.tail0, best.limits.q[:, None], best.limits.k[:, None])
+        rows = np.concatenate([fits.coefficients, *rest, np.full_like(fits.error, best.rounding)], 1)
+        table = torch.from_numpy(rows).to(q.device).reshape(*q.shape[:2], best.degree + 7)
         if self.args.cu_q is not None:
             table = table.expand(len(self.args.cu_q) - 1, *table.shape[1:]).contiguous()
         return AttentionPlan(
@@ -270,7 +279,7 @@ class _Planner:
             contact=best.contact,
             leading=best.leading,
             features=best.features,
-            bound=max((f.bound for fits in best.fits for f in fits), default=0.0),
+            bound=float(fits.bounds.max(initial=0.0)),
             split=best.split,
             is_causal=self.is_causal,
             dim=self.work.dim,

@@ -67,6 +67,13 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def rope_attention_norms_reference(x: Tensor, shift: Tensor | None, maps: Tensor | None) -> Tensor:
+    """|(x - shift) map| of each token (B, H, N), in the dtype of computation; shift (B, H, 1, D), maps (B, H, D, D)."""
+    x = x.to(compute_dtype(x.dtype))
+    x = x if shift is None else x - shift.to(x)
+    return torch.linalg.vector_norm(x if maps is None else x @ maps.to(x), dim=-1)
+
+
 def segments(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) -> list[Segment]:
     if cu_q is None or cu_k is None:
         return [Segment(b, b, 0, q.shape[2], 0, k.shape[2]) for b in range(q.shape[0])]
