@@ -115,6 +115,37 @@ inline void add_pairs_online(const KeyBlock<A>& keys, const QueryTile<A>& q, int
         [&](int64_t m, int64_t t, const auto& tile) { add_tile(sums + m * q.stride + t, q.stride, tile); });
 }
 
+// The size of logits up to which sums of their exponentials need no maximum: they stay far from both ends of a float.
+constexpr double kBoundedLogit = 60;
+
+// The same for logits of at most kBoundedLogit (or -inf), and offset 0: exponentials are taken while they are in
+// registers. sums: value_dim rows, and one of the weights alone; ``masked``: some key is hidden from some token.
+template <typename A>
+inline void add_pairs_bounded(const KeyBlock<A>& keys, const QueryTile<A>& q, int64_t value_dim, bool masked, A* p,
+                              A* sums) {
+  A* z = sums + value_dim * q.stride;
+  outer(keys.count, q.dim, q.tokens, keys.k, keys.k_row, 1, q.x, q.stride,
+        [&]<int M, int N>(int64_t m, int64_t t, const Tile<M, N, A>& tile) {
+          Lanes<A> total[N];
+          for (int n = 0; n < N; ++n) total[n] = load(z + t + n * kLanes<A>, All{});
+#pragma GCC unroll 8
+          for (int i = 0; i < M; ++i) {
+            const A bias = keys.bias ? keys.bias[m + i] : A(0);
+#pragma GCC unroll 8
+            for (int n = 0; n < N; ++n) {
+              const int64_t at = t + n * kLanes<A>;
+              Lanes<A> e = exp_nonpositive(tile.at[i][n] + bias);
+              if (masked) e = fill(keys.position[m + i]) < load(q.limit + at, All{}) ? e : Lanes<A>{};
+              total[n] += e;
+              store(p + (m + i) * q.stride + at, e, All{});
+            }
+          }
+          for (int n = 0; n < N; ++n) store(z + t + n * kLanes<A>, total[n], All{});
+        });
+  outer(value_dim, keys.count, q.tokens, keys.v, 1, keys.v_row, p, q.stride,
+        [&](int64_t m, int64_t t, const auto& tile) { add_tile(sums + m * q.stride + t, q.stride, tile); });
+}
+
 // Where gradients of pairs go; null where not wanted. dx: dim rows of tokens; dk (keys, dim), dv (keys, width - 1) and
 // dbias (keys) of the block.
 template <typename A>

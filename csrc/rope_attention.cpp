@@ -1,4 +1,5 @@
 // rope_attention on the CPU: the dispatcher's end of rope_forward.h, rope_backward.h and rope_norms.h.
+#include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -142,6 +143,55 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> rope_attention_bwd(
           key_bias ? dbias.to(key_bias->scalar_type()) : at::empty({0}, grad.options())};
 }
 
+// A table under which every key is within its limit, for problems that have no polynomial.
+at::Tensor no_table(const at::Tensor& q, const Optional& cu_q) {
+  at::Tensor table = at::zeros({cu_q ? cu_q->numel() - 1 : q.size(0), q.size(1), 8}, q.options().dtype(at::kDouble));
+  table.select(2, 6).fill_(std::numeric_limits<double>::infinity());
+  return table;
+}
+
+std::tuple<at::Tensor, at::Tensor> rope_attention_exact_fwd(const at::Tensor& q, const at::Tensor& k,
+                                                            const at::Tensor& v, const Optional& key_bias,
+                                                            const Optional& cu_q, const Optional& cu_k, bool is_causal,
+                                                            double scale) {
+  at::Tensor out = at::empty({q.size(0), q.size(1), q.size(2), v.size(3)}, v.options());
+  at::Tensor normalizer;
+  LLMKERN_DISPATCH(v.scalar_type(), [&] {
+    using A = Acc<scalar_t>;
+    const auto type = c10::CppTypeToScalarType<A>::value;
+    normalizer = at::empty({q.size(0), q.size(1), q.size(2)}, q.options().dtype(type));
+    const at::Tensor flags = at::empty(normalizer.sizes(), q.options().dtype(at::kBool));
+    const Inputs<scalar_t> in(q.to(type).mul(scale), k.to(type), v, key_bias, no_table(q, cu_q), cu_q, cu_k,
+                              {is_causal, 1, 0, q.size(3), 1});
+    for_rows(in.problems(), [&](int64_t index, int64_t) {
+      const int64_t row = in.query_row(in.parts[index / in.kv_heads], index % in.kv_heads);
+      const Problem<scalar_t> problem = in.problem(index);
+      const ExactRows<scalar_t> exact(problem);
+      for (int64_t g = 0; g < in.group; ++g)
+        exact.run(g, problem.queries, [](int64_t i) { return i; },
+                  {out.mutable_data_ptr<scalar_t>() + row * v.size(3), normalizer.mutable_data_ptr<A>() + row,
+                   flags.mutable_data_ptr<bool>() + row, q.size(2), nullptr});
+    });
+  });
+  return {out, normalizer};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> rope_attention_exact_bwd(const at::Tensor& grad, const at::Tensor& q,
+                                                                        const at::Tensor& k, const at::Tensor& v,
+                                                                        const Optional& key_bias, const Optional& cu_q,
+                                                                        const Optional& cu_k, const at::Tensor& out,
+                                                                        const at::Tensor& normalizer, bool is_causal,
+                                                                        double scale) {
+  const at::ScalarType type = normalizer.scalar_type();
+  const at::Tensor flags = at::ones(normalizer.sizes(), normalizer.options().dtype(at::kBool));
+  const at::Tensor state =
+      at::zeros({cu_q ? cu_q->numel() - 1 : q.size(0), k.size(1), q.size(3) + 2, v.size(3) + 1}, normalizer.options());
+  const auto [dq, dk, dv, unused] =
+      rope_attention_bwd(grad, q.to(type).mul(scale), k.to(type), v, key_bias, no_table(q, cu_q), cu_q, cu_k, out,
+                         normalizer, flags, state, is_causal, 1, 0, q.size(3), 1);
+  return {dq.mul(scale).to(q.scalar_type()), dk.to(k.scalar_type()), dv};
+}
+
 at::Tensor rope_attention_norms(const at::Tensor& x_, const Optional& shift, const Optional& map) {
   const at::Tensor x = x_.stride(3) == 1 || x_.size(3) == 1 ? x_ : x_.contiguous();
   const int64_t heads = x.size(1), tokens = x.size(2), dim = x.size(3),
@@ -171,6 +221,8 @@ at::Tensor rope_attention_norms(const at::Tensor& x_, const Optional& shift, con
 void register_rope_attention(torch::Library& library) {
   library.impl("rope_attention_fwd", &rope_attention_fwd);
   library.impl("rope_attention_bwd", &rope_attention_bwd);
+  library.impl("rope_attention_exact_fwd", &rope_attention_exact_fwd);
+  library.impl("rope_attention_exact_bwd", &rope_attention_exact_bwd);
   library.impl("rope_attention_norms", &rope_attention_norms);
 }
 

@@ -42,7 +42,14 @@ class BackwardProblem {
         heavy_(side, side.heavy_keys.size(), [&](int64_t i) { return side.heavy_keys[i]; }) {}
 
   void run() {
-    if (in_.options.is_causal) {
+    bool any = false;
+    for (int64_t g = 0; g < in_.group; ++g) {
+      const bool* flags = io_.exact + g * io_.head_rows;
+      any = any || std::find(flags, flags + in_.queries, false) != flags + in_.queries;
+    }
+    if (!any) {
+      // Exact attention all over.
+    } else if (in_.options.is_causal) {
       within_chunks();
       scan_forward();
       scan_back();

@@ -2,22 +2,10 @@
 // fails once more, exactly.
 #pragma once
 
-#include "rope_problem.h"
+#include "rope_exact.h"
 
 namespace llmkern {
 inline namespace CPU_CAPABILITY {
-
-// Where a problem's results go; heads of the group lie ``rows`` apart.
-template <typename T>
-struct ForwardOutput {
-  using A = Acc<T>;
-  T* out;
-  A* normalizer;
-  bool* exact;
-  int64_t head_rows;
-  // (R + 1, width)
-  A* state;
-};
 
 // Columns of a row's sums beside values and normaliser: the certificate, and the tail's moment.
 template <typename T>
@@ -146,66 +134,6 @@ class RowTile {
 
  public:
   double rtol = 0;
-};
-
-// Softmax attention of the rows that index(i), i < count, names, by tiles in parallel.
-template <typename T>
-class ExactRows {
-  using A = Acc<T>;
-
- public:
-  static constexpr int64_t kTokens = 4 * kTileTokens<A>;
-
-  explicit ExactRows(const Problem<T>& in) : in_(in) {}
-
-  template <typename Index>
-  void run(int64_t g, int64_t count, Index index, const ForwardOutput<T>& to) const {
-    for_tasks((count + kTokens - 1) / kTokens, [&](int64_t task) {
-      const int64_t begin = task * kTokens;
-      tile(g, std::min(kTokens, count - begin), [&](int64_t t) { return index(begin + t); }, to);
-    });
-  }
-
- private:
-  template <typename Index>
-  void tile(int64_t g, int64_t count, Index index, const ForwardOutput<T>& to) const {
-    const int64_t stride = token_stride<A>(count), width = in_.width();
-    const Buffer<A> numbers((in_.dim + width + kKeyBlock + 2) * stride + kKeyBlock * (width + 1));
-    A *x = numbers.get(), *sums = x + in_.dim * stride, *p = sums + width * stride, *top = p + kKeyBlock * stride,
-      *limit = top + stride, *values = limit + stride, *position = values + kKeyBlock * width;
-    int64_t last = 0;
-    for (int64_t t = 0; t < stride; ++t) {
-      for (int64_t l = 0; l < in_.dim; ++l) x[l * stride + t] = t < count ? in_.query(g, index(t))[l] : A(0);
-      const int64_t seen = t >= count ? 0 : (in_.options.is_causal ? std::min(index(t) + 1, in_.keys) : in_.keys);
-      limit[t] = static_cast<A>(seen);
-      last = std::max(last, seen);
-    }
-    std::fill(sums, sums + width * stride, A(0));
-    std::fill(top, top + stride, -std::numeric_limits<A>::infinity());
-    const QueryTile<A> query{x, in_.dim, stride, stride, top, limit};
-    for (int64_t j = 0; j < last; j += kKeyBlock) {
-      const int64_t size = std::min(kKeyBlock, last - j);
-      for (int64_t i = 0; i < size; ++i) {
-        const T* v = in_.v + (j + i) * in_.value_dim;
-        for (int64_t c = 0; c < in_.value_dim; ++c) values[i * width + c] = static_cast<A>(v[c]);
-        values[i * width + in_.value_dim] = 1;
-        position[i] = static_cast<A>(j + i);
-      }
-      const KeyBlock<A> keys{
-          in_.k + j * in_.dim, in_.dim, values, width, in_.bias ? in_.bias + j : nullptr, position, size};
-      add_pairs_online(keys, query, width, p, sums);
-    }
-    for (int64_t t = 0; t < count; ++t) {
-      const A z = sums[in_.value_dim * stride + t];
-      const int64_t row = g * to.head_rows + index(t);
-      to.exact[row] = true;
-      to.normalizer[row] = top[t] + std::log(z);
-      T* out = to.out + row * in_.value_dim;
-      for (int64_t c = 0; c < in_.value_dim; ++c) out[c] = static_cast<T>(z == 0 ? A(0) : sums[c * stride + t] / z);
-    }
-  }
-
-  const Problem<T>& in_;
 };
 
 // Features of keys under way, and their columns.
@@ -391,14 +319,19 @@ inline void forward_problem(const Problem<T>& in, double rtol, const ForwardOutp
   A* last = to.state + in.tables.count() * in.width();
   std::copy_n(side.mean.data(), in.value_dim, last);
   last[in.value_dim] = side.top;
+  const bool* flags = to.exact;
+  std::vector<std::vector<int64_t>> failed(in.group);
+  bool any = false;
+  for (int64_t g = 0; g < in.group; ++g, flags += to.head_rows) {
+    for (int64_t i = 0; i < in.queries; ++i) {
+      if (flags[i]) failed[g].push_back(i);
+    }
+    any = any || !failed[g].empty();
+  }
+  if (!any) return;
   const ExactRows<T> exact(in);
   for (int64_t g = 0; g < in.group; ++g) {
-    std::vector<int64_t> failed;
-    const bool* flags = to.exact + g * to.head_rows;
-    for (int64_t i = 0; i < in.queries; ++i) {
-      if (flags[i]) failed.push_back(i);
-    }
-    exact.run(g, failed.size(), [&](int64_t i) { return failed[i]; }, to);
+    exact.run(g, failed[g].size(), [&](int64_t i) { return failed[g][i]; }, to);
   }
 }
 

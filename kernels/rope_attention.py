@@ -24,6 +24,8 @@ from llmkern.ops.rope_attention.reference import (
     ROUNDING_PARTS,
     TABLE_TAIL,
     rope_attention_backward_reference,
+    rope_attention_exact_backward_reference,
+    rope_attention_exact_reference,
     rope_attention_norms_reference,
     rope_attention_reference,
 )
@@ -178,8 +180,10 @@ class Problem:
 # Launchers ------------------------------------------------------------------------------------------------------------
 
 
-def rope_attention_norms(x: Tensor, shift: Tensor | None, maps: Tensor | None) -> Tensor:
-    return rope_attention_norms_reference(x, shift, maps)
+# On these devices torch's attention is the exact route: the ops are there for whoever calls them by name.
+rope_attention_exact_fwd = rope_attention_exact_reference
+rope_attention_exact_bwd = rope_attention_exact_backward_reference
+rope_attention_norms = rope_attention_norms_reference
 
 
 def rope_attention_fwd(

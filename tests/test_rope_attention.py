@@ -14,11 +14,15 @@ import torch.nn.functional as F
 from dense_attention import dense_attention, exact_attention, frozen_plan, spread
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from oracle import assert_no_worse_than_torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import llmkern
 from llmkern import AttentionPlan, RopeAttentionState, Rotary, plan_attention, rope_attention
+from llmkern._library import cpu_build
 from llmkern.ops.rope_attention.arguments import Arguments
+from llmkern.ops.rope_attention.exact import tiled_attention, tiles_win
 from llmkern.ops.rope_attention.function import polynomial_inputs
 
 # LLMKERN_EXAMPLES=10000 is the long run.
@@ -309,6 +313,51 @@ def test_permuted_keys_and_turned_heads_change_nothing(is_causal: bool) -> None:
     if not is_causal:
         order = torch.randperm(60)
         assert (attend(q, k[:, :, order], v[:, :, order]) - out).abs().max() <= 1e-12
+
+
+# Exact tiles ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("size", [1.0, 4.0])
+def test_tiles_are_as_exact_as_torch(size: float, is_causal: bool, dtype: torch.dtype) -> None:
+    """Heads of the size for which the gradient is torch's, given the normaliser of the tiles."""
+    tensors = [normal(2, 3, 130, 16, seed=i, scale=size if i < 2 else 1.0, dtype=dtype) for i in range(3)]
+
+    def tiles(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return tiled_attention(Arguments(q, k, v, 0.25, None, None, None), is_causal)
+
+    def torchs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+
+    assert_no_worse_than_torch(tiles, torchs, tensors, ("q", "k", "v"), 2.0)
+
+
+def test_tiles_serve_exact_calls_where_they_are_faster() -> None:
+    q, k, v = (normal(1, 2, 700, 16, seed=i) for i in range(3))
+    assert tiles_win(q, k, v, True) == (cpu_build.isa in ("avx2", "avx512"))
+    assert not tiles_win(q, k, v, False)
+    assert not tiles_win(q[:, :, :50], k, v, True)
+    args = Arguments(q, k, v, 0.25, None, None, None)
+    expected = (
+        tiled_attention(args, True)
+        if tiles_win(q, k, v, True)
+        else F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    )
+    for method in ("auto", "exact"):
+        assert torch.equal(rope_attention(q, k, v, is_causal=True, method=method), expected)
+
+
+def test_a_mask_of_keys_under_a_causal_one_takes_no_matrix() -> None:
+    """Memory of the exact route grows with rows and keys, not with their product."""
+    n = 6000
+    q, k, v = (normal(1, 1, n, 4, seed=i) for i in range(3))
+    mask = torch.arange(n).unsqueeze(0) != 17
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        rope_attention(q, k, v, is_causal=True, key_mask=mask, method="exact")
+    largest = max(event.cpu_memory_usage for event in seen.events())
+    assert 0 < largest < n * n / 2
 
 
 # The plan -------------------------------------------------------------------------------------------------------------

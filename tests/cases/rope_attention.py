@@ -6,12 +6,14 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from dense_attention import dense_attention, frozen_plan
 from torch import Tensor
 
 import llmkern
 from cases.case import Case
 from llmkern.ops.rope_attention.arguments import Arguments
+from llmkern.ops.rope_attention.exact import tiled_attention
 from llmkern.ops.rope_attention.function import polynomial_inputs
 
 NAMES = ("q", "k", "v")
@@ -77,7 +79,49 @@ def case(name: str, tail: float = 1.0, **options: Any) -> Case:
     )
 
 
+def attend_by_tiles(*tensors: Tensor, is_causal: bool) -> Tensor:
+    q, k, v = heads_first(tensors)
+    return tiled_attention(Arguments(q, k, v, 0.5, None, None, None), is_causal).transpose(1, 2)
+
+
+def attend_as_torch(*tensors: Tensor, is_causal: bool) -> Tensor:
+    q, k, v = heads_first(tensors)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=0.5, enable_gqa=True)
+    return out.transpose(1, 2)
+
+
+def raw_tiles(tensors: list[Tensor | None], *, is_causal: bool) -> list[tuple[Any, tuple[Any, ...]]]:
+    inputs = (*heads_first(tuple(t for t in tensors if t is not None)), None, None, None)
+    results = torch.ops.llmkern.rope_attention_exact_fwd(*inputs, is_causal, 0.5)
+    grad = torch.randn_like(results[0])
+    return [
+        (torch.ops.llmkern.rope_attention_exact_fwd.default, (*inputs, is_causal, 0.5)),
+        (torch.ops.llmkern.rope_attention_exact_bwd.default, (grad, *inputs, *results, is_causal, 0.5)),
+        (torch.ops.llmkern.rope_attention_norms.default, (inputs[0], None, None)),
+    ]
+
+
+def exact_case(name: str, tail: float, is_causal: bool, factor: float = 2.0) -> Case:
+    """``tail`` decides whether logits are small enough for sums without a maximum."""
+    options: dict[str, Any] = {"is_causal": is_causal}
+    return Case(
+        f"rope_attention-{name}",
+        functools.partial(make, tail=tail),
+        NAMES,
+        functools.partial(attend_by_tiles, **options),
+        functools.partial(attend_as_torch, **options),
+        functools.partial(raw_tiles, **options),
+        factor=factor,
+        reason="the gradient takes what do.o is from the rounded output, and keys of size 10 multiply it",
+        # Of a single key gradients are zero, and what rounding leaves grows with the size of keys.
+        widths=WIDTHS if tail == 1 else WIDTHS[1:],
+        large=((1, 5000), (3, 700)),
+    )
+
+
 CASES = [
+    exact_case("exact", 1.0, False),
+    exact_case("exact-causal-unbounded", 10.0, True, factor=8.0),
     case("full"),
     case("causal", is_causal=True),
     case("anisotropic", tail=0.1, degree=4, leading=3),

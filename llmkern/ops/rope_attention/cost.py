@@ -9,16 +9,20 @@ import torch
 
 from llmkern.ops.rope_attention.arguments import Arguments
 
-# torch's attention, useful operations a second of one thread by log2 of the head size: small heads feed it badly.
-_EXACT_RATES = {0: 1e9, 3: 10e9, 4: 29e9, 5: 47e9, 6: 58e9, 7: 62e9}
-# Of heads of 8 or more, operations by pairs of multiplication and addition.
-SLOWEST_RATE = 5e9
+# Exact attention, useful operations a second of one thread by log2 of the head size: small heads feed it badly.
+_EXACT_RATES = {0: 3e9, 3: 22e9, 4: 40e9, 5: 54e9, 6: 60e9, 7: 70e9}
+# Of heads of 8 or more, pairs of multiplication and addition a second of one thread.
+SLOWEST_RATE = 11e9
 # Share of the full time that it takes under a causal mask.
-_EXACT_CAUSAL = 0.75
+_EXACT_CAUSAL = 0.58
 # The passes over features; pairs within chunks, exponentials and all; a number of q, k or v read and written again.
-_POLYNOMIAL_RATE, _CHUNK_RATE, _TOUCH_RATE = 36e9, 6.5e9, 0.25e9
+_POLYNOMIAL_RATE, _CHUNK_RATE, _TOUCH_RATE = 55e9, 6.5e9, 0.5e9
+# A causal pass sums half of the keys twice.
+_CAUSAL_KEYS = 1.5
 # Python, planning and waking threads.
-_FIXED_SECONDS = 1e-3
+_FIXED_SECONDS = 1.5e-3
+# What a prediction must promise before a polynomial is taken: predictions err.
+GAIN = 1.2
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ def exact_seconds(work: Work) -> float:
 
 def polynomial_seconds(work: Work, features: int) -> float:
     tokens_q, tokens_k = work.heads * work.rows, work.kv_heads * work.keys
-    seconds = 2 * features * (work.value_dim + 2) * (tokens_q + tokens_k) / _POLYNOMIAL_RATE
+    passes = tokens_q + tokens_k * (_CAUSAL_KEYS if work.is_causal else 1.0)
+    seconds = 2 * features * (work.value_dim + 2) * passes / _POLYNOMIAL_RATE
     seconds += (tokens_q + tokens_k) * (work.dim + work.value_dim) / _TOUCH_RATE
     if work.is_causal:
         seconds += tokens_q * work.chunk * (work.dim + work.value_dim) / _CHUNK_RATE

@@ -11,11 +11,13 @@ from torch.autograd.function import once_differentiable
 
 from llmkern._library import bad_type, bad_value, define_op
 from llmkern.ops.rope_attention.arguments import Arguments, check_arguments
-from llmkern.ops.rope_attention.exact import exact_attention
+from llmkern.ops.rope_attention.exact import exact_attention, tiled_attention, tiles_win
 from llmkern.ops.rope_attention.plan import SPLITS, AttentionPlan, is_short, make_plan
 from llmkern.ops.rope_attention.reference import (
     compute_dtype,
     rope_attention_backward_reference,
+    rope_attention_exact_backward_reference,
+    rope_attention_exact_reference,
     rope_attention_norms_reference,
     rope_attention_reference,
 )
@@ -75,6 +77,25 @@ define_op(
     stem="rope_attention",
     reference=rope_attention_norms_reference,
     fake=lambda x, *_: x.new_empty(x.shape[:3], dtype=compute_dtype(x.dtype)),
+)
+define_op(
+    "rope_attention_exact_fwd",
+    "(Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor? cu_q, Tensor? cu_k, bool is_causal, float scale)"
+    " -> (Tensor, Tensor)",
+    stem="rope_attention",
+    reference=rope_attention_exact_reference,
+    fake=lambda q, k, v, *_: (
+        v.new_empty((*q.shape[:3], v.shape[3])),
+        q.new_empty(q.shape[:3], dtype=compute_dtype(q.dtype)),
+    ),
+)
+define_op(
+    "rope_attention_exact_bwd",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor? cu_q, Tensor? cu_k, Tensor out,"
+    " Tensor normalizer, bool is_causal, float scale) -> (Tensor, Tensor, Tensor)",
+    stem="rope_attention",
+    reference=rope_attention_exact_backward_reference,
+    fake=lambda grad, q, k, v, *_: tuple(torch.empty(t.shape, dtype=t.dtype, device=q.device) for t in (q, k, v)),
 )
 
 
@@ -163,7 +184,8 @@ def rope_attention(
         enable_gqa: allows Hkv < Hq, Hkv dividing Hq; head h uses key head h // (Hq / Hkv).
         rtol: each row errs by at most rtol max_j |v_j - o_i| in the maximum norm, the maximum over the keys that it
             sees; beside it only rounding, as in any attention of that dtype (``plan.rounding``).
-        method: "auto" takes the fastest route, "exact" torch's attention, "polynomial" insists.
+        method: "auto" takes the fastest route, "exact" torch's attention or tiles of our own where these are faster,
+            "polynomial" insists.
         key_mask: (B, M) bool, True where a key takes part. A row that sees no key is zero.
         cu_seqlens: (S + 1,) ends of S sequences that lie side by side in a batch of 1, or a pair for queries and keys.
         plan: from ``plan_attention``, to be used again: that costs nothing, and other data are certified too.
@@ -181,6 +203,9 @@ def rope_attention(
     """
     absent = all(x is None for x in (plan, rotary, key_mask, cu_seqlens))
     if absent and method == "auto" and rtol > 0 and _is_plain(q, k, v):
+        if tiles_win(q, k, v, is_causal):
+            scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+            return tiled_attention(Arguments(q, k, v, scale, None, None, None), is_causal)
         return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=scale)
     args = check_arguments("rope_attention", q, k, v, rotary, scale, enable_gqa, rtol, method, key_mask, cu_seqlens)
     if plan is None:

@@ -180,15 +180,15 @@ def measure(
     that would change nothing, and scores beyond any polynomial.
     """
     heads, group, dim = q.shape[0] * q.shape[1], q.shape[1] // max(k.shape[1], 1), q.shape[3]
-    norms = [torch.linalg.vector_norm(x, dim=-1) for x in (q, k)]
-    found = [(s, find_limits(*norms, s, torch.finfo(q.dtype).eps)) for s in splits]
+    q_norms, k_norms = (torch.linalg.vector_norm(x, dim=-1) for x in (q, k))
+    found = [(s, find_limits(q_norms, k_norms, s, torch.finfo(q.dtype).eps)) for s in splits]
     kept = [(s, limits) for s, limits in found if limits is not None and usable(limits)]
     if not kept:
         return
     q_limits, k_limits = (np.stack([limits[i] for _, limits in kept], -1) for i in (0, 1))
     shape = (*q.shape[:2], 1, len(kept))
-    q_live = norms[0].unsqueeze(-1) <= torch.from_numpy(q_limits).to(q).reshape(shape)
-    k_norms = norms[1].repeat_interleave(group, 1)
+    q_live = q_norms.unsqueeze(-1) <= torch.from_numpy(q_limits).to(q).reshape(shape)
+    k_norms = k_norms.repeat_interleave(group, 1)
     k_live = (k_norms.unsqueeze(-1) <= torch.from_numpy(k_limits).to(q).reshape(shape)).to(q.dtype)
     many = count if isinstance(count, int) else count.unsqueeze(-1)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from llmkern._library import bad_value
 from llmkern.ops.rope_attention.arguments import Arguments
-from llmkern.ops.rope_attention.cost import SLOWEST_RATE, Work, exact_seconds, polynomial_seconds
+from llmkern.ops.rope_attention.cost import GAIN, SLOWEST_RATE, Work, exact_seconds, polynomial_seconds
 from llmkern.ops.rope_attention.measure import (
     ALL_KEYS,
     ALL_ROWS,
@@ -37,7 +37,7 @@ CHUNK = 240
 # Shares of tokens of largest norm that a split computes exactly.
 SPLITS = (0.0, 1 / 256, 1 / 32)
 # A plan that finds nothing costs about this much; where exact attention is not 20 times as long none is made.
-LOOK_SECONDS = 2.5e-3
+LOOK_SECONDS = 1.5e-3
 # Heads from this size on are looked at for directions of little variance.
 BALANCED_DIM = 16
 
@@ -133,7 +133,7 @@ class AttentionPlan:
 def is_short(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether exact attention is over before a plan could be made: from shapes alone, and quickly."""
     work = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * (q.shape[3] + v.shape[3])
-    return work < 20 * LOOK_SECONDS * SLOWEST_RATE and q.shape[3] >= 8 <= v.shape[3]
+    return work < 20 * LOOK_SECONDS * SLOWEST_RATE * torch.get_num_threads() and q.shape[3] >= 8 <= v.shape[3]
 
 
 def make_plan(
@@ -145,7 +145,7 @@ def make_plan(
         return AttentionPlan("exact", rtol, "asked for", {"exact": exact}, is_causal=is_causal)
     if method == "auto":
         least = polynomial_seconds(work, math.comb(work.dim + 2, 2))
-        if least >= exact or exact < 20 * LOOK_SECONDS:
+        if GAIN * least >= exact or exact < 20 * LOOK_SECONDS:
             reason = (
                 f"{work.rows} by {work.keys} tokens are too few for the {math.comb(work.dim + 2, 2)} features of "
                 "degree 2 to pay"
@@ -207,7 +207,7 @@ class _Planner:
                 q @ maps[0].repeat_interleave(self.group, 1), centred @ maps[1], count, raw_bound, basis
             )
         good = [pair for pair in tried if pair[0].good]
-        if not good or (self.method == "auto" and min(c.seconds for c, _ in good) >= self.exact):
+        if not good or (self.method == "auto" and GAIN * min(c.seconds for c, _ in good) >= self.exact):
             return self._exact([c for c, _ in tried])
         first, basis = min(good, key=lambda pair: pair[0].seconds)
         # The norms of all tokens set the limits; what the sample says of moments grows with them.
@@ -217,7 +217,7 @@ class _Planner:
         assert found is not None
         again = self._candidates(first.limits.grown(*found) if usable(found) else None, first.features)
         fit = [c for c in again if c.good]
-        if not fit or (self.method == "auto" and min(c.seconds for c in fit) >= self.exact):
+        if not fit or (self.method == "auto" and GAIN * min(c.seconds for c in fit) >= self.exact):
             return self._exact(again)
         return self._polynomial(min(fit, key=lambda c: c.seconds), basis)
 
@@ -256,7 +256,7 @@ class _Planner:
             return []
         # Samples err, prefixes are only like the whole; forced, all that the certificate allows.
         margin = 0.97 if self.method == "polynomial" and self.allowed else (0.8 if self.is_causal else 0.92)
-        ceiling = self.exact if self.method == "auto" else math.inf
+        ceiling = self.exact / GAIN if self.method == "auto" else math.inf
         return candidates(limits, self.work, margin * self.rtol, self.dtype, self.exact, ceiling, least_features)
 
     def _polynomial(self, best: Candidate, basis: _Basis) -> AttentionPlan:

@@ -290,3 +290,51 @@ def rope_attention_backward_reference(
         dv.to(v.dtype),
         empty if key_bias is None else dbias.to(key_bias.dtype),
     )
+
+
+def rope_attention_exact_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention, and the log-sum-exp of the logits of each row: the op above where every row is exact."""
+    table = _no_table(q, cu_q)
+    x = q.to(compute_dtype(q.dtype)) * scale
+    out, normalizer, _, _ = rope_attention_reference(
+        x, k.to(x.dtype), v, key_bias, table, cu_q, cu_k, is_causal, 1, 0, q.shape[3], 1, 1.0
+    )
+    return out, normalizer
+
+
+def rope_attention_exact_backward_reference(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor | None,
+    cu_q: Tensor | None,
+    cu_k: Tensor | None,
+    out: Tensor,
+    normalizer: Tensor,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    x = q.to(normalizer.dtype) * scale
+    exact_rows = torch.ones(normalizer.shape, dtype=torch.bool, device=q.device)
+    options = (table := _no_table(q, cu_q), cu_q, cu_k, out, normalizer, exact_rows, table, is_causal, 1, 0)
+    dq, dk, dv, _ = rope_attention_backward_reference(grad, x, k.to(x.dtype), v, key_bias, *options, q.shape[3], 1)
+    return (dq * scale).to(q.dtype), dk.to(k.dtype), dv
+
+
+def _no_table(q: Tensor, cu_q: Tensor | None) -> Tensor:
+    """Under which no query is within its limit."""
+    table = q.new_zeros(
+        (q.shape[0] if cu_q is None else len(cu_q) - 1, q.shape[1], 2 + TABLE_TAIL), dtype=torch.float64
+    )
+    table[..., -3] = -1.0
+    return table
