@@ -62,10 +62,13 @@ inline void for_row_tiles(int64_t rows, Body body) {
 }
 
 // Calls body.template operator()<N>(token) for tiles of N registers that cover [0, tokens), a multiple of the lanes.
+// One register alone waits for its own sums: four of them go as two and two.
 template <typename A, typename Body>
 inline void for_token_tiles(int64_t tokens, Body body) {
   int64_t t = 0;
-  for (; t + kTileTokens<A> <= tokens; t += kTileTokens<A>) body.template operator()<kTileRegisters>(t);
+  for (; t + kTileTokens<A> <= tokens && t + 4 * kLanes<A> != tokens; t += kTileTokens<A>)
+    body.template operator()<kTileRegisters>(t);
+  for (; t + 2 * kLanes<A> <= tokens; t += 2 * kLanes<A>) body.template operator()<2>(t);
   for (; t < tokens; t += kLanes<A>) body.template operator()<1>(t);
 }
 

@@ -1,6 +1,6 @@
 """What the generic suite runs: each operation joins by a line."""
 
-from cases import mix_logits, pairwise_scores, rope_attention, vas_score
+from cases import mix_logits, pairwise_scores, rope_attention, toeplitz_attention, vas_score
 from cases.case import Case
 
 CASES: list[Case] = [
@@ -8,4 +8,5 @@ CASES: list[Case] = [
     *pairwise_scores.CASES,
     *vas_score.CASES,
     *rope_attention.CASES,
+    *toeplitz_attention.CASES,
 ]

@@ -40,7 +40,7 @@ def check_arguments(
     cu_seqlens: Tensor | tuple[Tensor, Tensor] | None,
 ) -> Arguments:
     """Checked, with rotary applied; nothing here reads the data."""
-    _check_tensors(op, q, k, v, enable_gqa)
+    check_tensors(op, q, k, v, enable_gqa)
     if not rtol > 0:
         raise bad_value(op, "rtol above 0", rtol, "1e-2 is the default, method='exact' has no error")
     if method not in METHODS:
@@ -60,7 +60,7 @@ def check_arguments(
     return Arguments(q, k, v, q.shape[3] ** -0.5 if scale is None else float(scale), key_mask, cu_q, cu_k)
 
 
-def _check_tensors(op: str, q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> None:
+def check_tensors(op: str, q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise bad_type(op, f"{name} as a tensor", type(x).__name__)
