@@ -16,6 +16,7 @@ void register_mix_logits(torch::Library& library);
 void register_pairwise_scores(torch::Library& library);
 void register_rope_attention(torch::Library& library);
 void register_sample_mixed(torch::Library& library);
+void register_shared_lora_mlp(torch::Library& library);
 void register_toeplitz_attention(torch::Library& library);
 void register_vas_score(torch::Library& library);
 }  // namespace CPU_CAPABILITY
@@ -47,6 +48,7 @@ void register_ops() {
   register_pairwise_scores(library);
   register_rope_attention(library);
   register_sample_mixed(library);
+  register_shared_lora_mlp(library);
   register_toeplitz_attention(library);
   register_vas_score(library);
 }

@@ -1,5 +1,6 @@
 """What the generic suite runs: each operation joins by a line."""
 
+from cases import mix_logits, pairwise_scores, rope_attention, shared_lora_mlp, vas_score
 from cases import mix_logits, pairwise_scores, rope_attention, toeplitz_attention, vas_score
 from cases.case import Case
 
@@ -8,5 +9,6 @@ CASES: list[Case] = [
     *pairwise_scores.CASES,
     *vas_score.CASES,
     *rope_attention.CASES,
+    *shared_lora_mlp.CASES,
     *toeplitz_attention.CASES,
 ]
