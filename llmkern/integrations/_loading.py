@@ -24,19 +24,20 @@ def load_directories(
     if reference is not None:
         named.append(("reference", reference))
     for name, path in named:
-        _check_directory(op, name, Path(path))
+        check_directory(op, name, Path(path))
     for name, path in named:
         _load(op, name, path, "config.json", AutoConfig, {})
     tokenizers = [_load(op, name, path, "tokenizer", AutoTokenizer, {}) for name, path in named]
     for (name, path), tokenizer in zip(named[1:], tokenizers[1:]):
         _check_same_tokens(op, f"{name} ({path})", tokenizer, f"{named[0][0]} ({named[0][1]})", tokenizers[0])
-    models = [_load_model(op, name, path, model_options) for name, path in named]
+    models = [load_model(op, name, path, model_options) for name, path in named]
     reference_model = models.pop() if reference is not None else None
     return models, reference_model, tokenizers[0]
 
 
-def _check_directory(op: str, name: str, path: Path) -> None:
-    expected = f"{name} to be a directory with config.json, *.safetensors and tokenizer files"
+def check_directory(op: str, name: str, path: Path, tokenizer: bool = True) -> None:
+    files = "config.json, *.safetensors and tokenizer files" if tokenizer else "config.json and *.safetensors"
+    expected = f"{name} to be a directory with {files}"
     if not path.is_dir():
         raise bad_value(op, expected, f"{path}, which is {'a file' if path.exists() else 'absent'}", "check the path")
     lacking = []
@@ -44,7 +45,7 @@ def _check_directory(op: str, name: str, path: Path) -> None:
         lacking.append("config.json")
     if not any(path.glob("*.safetensors")):
         lacking.append("*.safetensors")
-    if not any((path / file).is_file() for file in _TOKENIZER_FILES):
+    if tokenizer and not any((path / file).is_file() for file in _TOKENIZER_FILES):
         lacking.append("tokenizer.json")
     if lacking:
         fix = "save the model and its tokenizer there with save_pretrained"
@@ -61,7 +62,7 @@ def _load(op: str, name: str, path: Any, what: str, auto: Any, options: dict[str
         raise bad_value(op, f"{name} to hold a readable {what}", f"{path}: {reason}", "save it anew") from error
 
 
-def _load_model(op: str, name: str, path: Any, options: dict[str, Any]) -> Any:
+def load_model(op: str, name: str, path: Any, options: dict[str, Any]) -> Any:
     options = {**options, "use_safetensors": True, "output_loading_info": True}
     model, info = _load(op, name, path, "model", AutoModelForCausalLM, options)
     missing = sorted(info["missing_keys"])

@@ -47,8 +47,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    with atomic(path) as file:
+def write_json(path: str | Path, value: Any, op: str = "select") -> None:
+    with atomic(path, op) as file:
         file.write((json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
 
 

@@ -1,0 +1,311 @@
+r"""Models of transformers in which adjacent layers share one MLP, each with low-rank factors of its own.
+
+For a group of layers the first, the reference, keeps its MLP; a later layer p of the group computes
+
+    y = down h + s B_d A_d h,    h = act(gate x + s B_g A_g x) * (up x + s B_u A_u x)
+
+with the reference's gate, up and down and its own A, B (SHARP, arXiv 2502.07832: shared base and low-rank recovery).
+Attention and norms stay each layer's own.
+
+``SharedMlpLlamaForCausalLM`` and its like are subclasses of the families' own classes whose configuration carries the
+``sharing`` map. A shared tensor is a parameter of the reference alone, so that state dict, ``save_pretrained``,
+``from_pretrained``, ``Trainer`` and DistributedDataParallel meet it once and need to know nothing of sharing. FSDP is
+not supported: a reference's weights are read outside its own unit.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from llmkern._library import bad_type, bad_value
+from llmkern.ops.shared_lora_mlp import MlpLora, MlpWeights, PackedMlp, pack_mlp, shared_lora_mlp
+
+NAME = "shared MLP"
+PREFIX = "shared_mlp_"
+# Families whose decoder layers hold mlp.gate_proj, mlp.up_proj and mlp.down_proj; SmolLM and SmolLM2 are Llamas.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3")
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# transformers' name of an activation: ours.
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Which layers share, and with what factors.
+
+    groups: consecutive layers, the reference first; ranks: {layer: {projection: rank}} of every layer but references,
+    a projection that is absent or 0 having no factors; scaling: s; dropout: of x before A, in training.
+    """
+
+    groups: tuple[tuple[int, ...], ...]
+    ranks: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+    scaling: float = 1.0
+    dropout: float = 0.0
+
+    @property
+    def references(self) -> dict[int, int]:
+        """{layer: its reference} of every layer that gave up its MLP."""
+        return {layer: group[0] for group in self.groups for layer in group[1:]}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for config.json, with the name under which each absent weight is found."""
+        weights = {
+            weight_name(layer, name): weight_name(reference, name)
+            for layer, reference in self.references.items()
+            for name in PROJECTIONS
+        }
+        return {
+            "groups": [list(group) for group in self.groups],
+            "ranks": {str(layer): dict(ranks) for layer, ranks in self.ranks.items()},
+            "scaling": self.scaling,
+            "dropout": self.dropout,
+            "weights": weights,
+        }
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Sharing:
+        try:
+            return cls(
+                groups=tuple(tuple(int(i) for i in group) for group in stored["groups"]),
+                ranks={int(i): {str(k): int(r) for k, r in ranks.items()} for i, ranks in stored["ranks"].items()},
+                scaling=float(stored.get("scaling", 1.0)),
+                dropout=float(stored.get("dropout", 0.0)),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise bad_value(
+                NAME, "sharing in config.json with groups and ranks", repr(stored), "save it anew"
+            ) from error
+
+
+def weight_name(layer: int, projection: str) -> str:
+    return f"model.layers.{layer}.mlp.{projection}.weight"
+
+
+# Modules --------------------------------------------------------------------------------------------------------------
+
+
+class ReferenceMlp(nn.Module):
+    """The MLP that a group shares: the three layers of the model's own, run as one op."""
+
+    def __init__(self, mlp: nn.Module, activation: str) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (getattr(mlp, name) for name in PROJECTIONS)
+        self.activation, self.plain_class = activation, type(mlp)
+        self.packed: PackedMlp | None = None
+
+    @property
+    def weights(self) -> MlpWeights | PackedMlp:
+        if self.packed is not None:
+            return self.packed
+        return MlpWeights(self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _run(x, self.weights, None, self.activation)
+
+
+class LoraPair(nn.Module):
+    """A (r, in) and B (out, r) under the names that PEFT gives them; B starts at zero, as there."""
+
+    def __init__(self, like: nn.Linear, rank: int) -> None:
+        super().__init__()
+        options: dict[str, Any] = {"bias": False, "device": like.weight.device, "dtype": like.weight.dtype}
+        self.lora_A = nn.Linear(like.in_features, rank, **options)
+        self.lora_B = nn.Linear(rank, like.out_features, **options)
+        nn.init.zeros_(self.lora_B.weight)
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        return self.lora_A.weight, self.lora_B.weight
+
+
+class SharedMlp(nn.Module):
+    """A layer's view of its reference, with factors of its own."""
+
+    reference: ReferenceMlp
+
+    def __init__(self, reference: ReferenceMlp, ranks: Mapping[str, int], scaling: float, dropout: float) -> None:
+        super().__init__()
+        # Not a child: its weights belong to the reference's layer, once.
+        object.__setattr__(self, "reference", reference)
+        self.scaling, self.dropout = scaling, dropout
+        for name in PROJECTIONS:
+            rank = ranks.get(name, 0)
+            setattr(self, name, LoraPair(getattr(reference, name), rank) if rank else None)
+
+    @property
+    def lora(self) -> MlpLora:
+        pairs = (getattr(self, name) for name in PROJECTIONS)
+        gate, up, down = (None if pair is None else pair.pair for pair in pairs)
+        return MlpLora(gate=gate, up=up, down=down, scaling=self.scaling)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _run(x, self.reference.weights, self.lora, self.reference.activation, self.dropout * self.training)
+
+
+def _run(
+    x: Tensor, weights: MlpWeights | PackedMlp, lora: MlpLora | None, activation: str, dropout: float = 0.0
+) -> Tensor:
+    return shared_lora_mlp(x, weights, lora, activation=activation, dropout=dropout)
+
+
+# Building -------------------------------------------------------------------------------------------------------------
+
+
+def share_mlps(model: Any, sharing: Sharing) -> None:
+    """In place: the groups' first layers run their MLP as one op, the others lose theirs and get factors."""
+    layers, activation = model.model.layers, check_model(model)
+    check_sharing(model, sharing)
+    for group in sharing.groups:
+        reference = ReferenceMlp(layers[group[0]].mlp, activation)
+        layers[group[0]].mlp = reference
+        for layer in group[1:]:
+            ranks = sharing.ranks.get(layer, {})
+            layers[layer].mlp = SharedMlp(reference, ranks, sharing.scaling, sharing.dropout).train(model.training)
+
+
+def check_model(model: Any) -> str:
+    """The activation of a model whose MLPs can be shared, or a refusal."""
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    if not isinstance(model, nn.Module) or layers is None or not hasattr(model, "config"):
+        raise bad_type(NAME, "a causal language model of transformers with model.layers", type(model).__name__)
+    for i, layer in enumerate(layers):
+        for name in PROJECTIONS:
+            linear = getattr(getattr(layer, "mlp", None), name, None)
+            if type(linear) is not nn.Linear or linear.bias is not None:
+                got = "none" if linear is None else f"{type(linear).__name__} in model.layers.{i}.mlp"
+                got = "one with a bias" if type(linear) is nn.Linear else got
+                fix = f"families that can share: {', '.join(FAMILIES)}"
+                raise bad_type(NAME, f"mlp.{name} of every layer to be a Linear without bias", got, fix)
+    config = model.config
+    found = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+    if found not in ACTIVATIONS:
+        raise bad_value(NAME, f"an activation among {', '.join(ACTIVATIONS)}", repr(found))
+    return ACTIVATIONS[found]
+
+
+def check_sharing(model: Any, sharing: Sharing) -> None:
+    layers = model.model.layers
+    used: set[int] = set()
+    for group in sharing.groups:
+        if len(group) < 2 or list(group) != list(range(group[0], group[0] + len(group))):
+            raise bad_value(NAME, "groups of two or more consecutive layers", list(group))
+        if group[0] < 0 or group[-1] >= len(layers):
+            raise bad_value(NAME, f"layers from 0 to {len(layers) - 1}", list(group))
+        if used & set(group):
+            raise bad_value(NAME, "groups that have no layer in common", [list(g) for g in sharing.groups])
+        used |= set(group)
+        shapes = {layer: [tuple(getattr(layers[layer].mlp, n).weight.shape) for n in PROJECTIONS] for layer in group}
+        for layer, found in shapes.items():
+            if found != shapes[group[0]]:
+                expected = f"layers of one size in the group {list(group)}, gate_proj {shapes[group[0]][0]}"
+                raise bad_value(NAME, expected, f"{found[0]} in layer {layer}", "share layers of equal size only")
+    for layer, ranks in sharing.ranks.items():
+        if layer not in sharing.references:
+            raise bad_value(NAME, "ranks of layers that share another's MLP", f"layer {layer}")
+        for name, rank in ranks.items():
+            if name not in PROJECTIONS:
+                raise bad_value(NAME, f"ranks by projection, {', '.join(PROJECTIONS)}", repr(name))
+            linear = getattr(layers[sharing.references[layer]].mlp, name)
+            most = min(linear.in_features, linear.out_features)
+            if not 0 <= rank <= most:
+                raise bad_value(NAME, f"a rank of 0 to {most} for {name} of layer {layer}", rank)
+    if not 0 <= sharing.dropout < 1:
+        raise bad_value(NAME, "dropout in [0, 1)", sharing.dropout)
+
+
+def pack_base(model: Any, dtype: str, group_size: int = 128) -> int:
+    """In place: groups run on packed weights, see ``pack_mlp``; returns their bytes.
+
+    Factors train through them. The dense weights stay, for ``save_pretrained``, which stores no packed ones.
+    """
+    size = 0
+    for group in model.sharing.groups:
+        reference = model.model.layers[group[0]].mlp
+        reference.packed = None
+        reference.packed = pack_mlp(reference.weights, dtype=dtype, group_size=group_size)
+        size += reference.packed.nbytes
+    return size
+
+
+def freeze_base(model: nn.Module) -> list[nn.Parameter]:
+    """Only the low-rank factors train; returns them."""
+    factors = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".lora_A." in name or ".lora_B." in name)
+        if parameter.requires_grad:
+            factors.append(parameter)
+    return factors
+
+
+# Classes --------------------------------------------------------------------------------------------------------------
+
+
+class SharedMlpMixin:
+    """What a family's class with shared MLPs adds to it."""
+
+    config: Any
+
+    def __init__(self, config: Any, *args: Any, **options: Any) -> None:
+        super().__init__(config, *args, **options)  # type: ignore[call-arg]
+        if config.sharing is not None:
+            share_mlps(self, Sharing.from_dict(config.sharing))
+            freeze_base(self)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **options: Any) -> Any:
+        """As in transformers; only the factors require gradients, as after a conversion."""
+        loaded = super().from_pretrained(*args, **options)  # type: ignore[misc]
+        freeze_base(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
+
+    @property
+    def sharing(self) -> Sharing:
+        return Sharing.from_dict(self.config.sharing)
+
+    def merge_and_unload(self, *_: Any, **__: Any) -> None:
+        raise merge_refused()
+
+    def merge_adapter(self, *_: Any, **__: Any) -> None:
+        raise merge_refused()
+
+
+def merge_refused() -> ValueError:
+    expected = "an MLP of its own in every layer that is to be merged"
+    got = "one weight under the factors of several layers, of which a merge would change all"
+    return bad_value(NAME, expected, got, "llmkern.papers.sharp.export_dense writes each layer its own weight")
+
+
+@functools.cache
+def sharing_classes(model_type: str) -> tuple[Any, Any]:
+    """Configuration and model class of a family with shared MLPs, known to transformers' Auto classes from then on."""
+    model_type = model_type.removeprefix(PREFIX)
+    if model_type not in FAMILIES:
+        raise bad_value(NAME, f"a model of the families {', '.join(FAMILIES)}", repr(model_type))
+    plain_config = CONFIG_MAPPING[model_type]
+    plain_model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[plain_config]
+    members: dict[str, Any] = {
+        "model_type": PREFIX + model_type,
+        "sharing": None,
+        "__annotations__": {"sharing": dict | None},
+        "__module__": __name__,
+    }
+    config_class = type(f"SharedMlp{plain_config.__name__}", (plain_config,), members)
+    members = {"config_class": config_class, "__module__": __name__}
+    model_class = type(f"SharedMlp{plain_model.__name__}", (SharedMlpMixin, plain_model), members)
+    AutoConfig.register(PREFIX + model_type, config_class, exist_ok=True)
+    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    return config_class, model_class
+
+
+def register(families: Sequence[str] = FAMILIES) -> None:
+    """Let ``AutoModelForCausalLM.from_pretrained`` read models with shared MLPs, without trust_remote_code."""
+    for family in families:
+        sharing_classes(family)
