@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import EOS, PAD, WORDS, llama
+from shared_models import GROUPS, logits, model_of, refusal
+from tiny_models import PAD, WORDS, llama
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from llmkern.integrations.shared_mlp import FAMILIES, PROJECTIONS, SharedMlp, register
 from llmkern.papers.sharp import files
@@ -29,7 +28,6 @@ from llmkern.papers.sharp.convert import (
 from llmkern.papers.sharp.groups import choose_groups, mlp_distances, parse_groups, spread
 from llmkern.papers.sharp.observe import watch_mlps
 
-GROUPS = ((1, 2, 3), (4, 5))
 UNEQUAL = {"gate_proj": 3, "down_proj": 5}
 
 
@@ -40,26 +38,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def model_of(family="llama", layers=6, **options):
-    torch.manual_seed(0)
-    config = CONFIG_MAPPING[family](
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=WORDS,
-        max_position_embeddings=64,
-        initializer_range=0.2,
-        bos_token_id=1,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-        **options,
-    )
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +60,6 @@ def shared(original):
             pair.lora_A.weight.normal_(std=0.3)
             pair.lora_B.weight.normal_(std=0.3)
     return model
-
-
-def logits(model, ids, **options):
-    with torch.no_grad():
-        return model(input_ids=ids, **options).logits
 
 
 def assert_as_exact_as_dense(found, model, ids, **options):
@@ -292,15 +265,6 @@ def test_compile_without_a_break(ids):
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
-
-
-def refusal(call, *args, **options):
-    with pytest.raises((ValueError, TypeError)) as caught:
-        call(*args, **options)
-    text = str(caught.value)
-    assert "\n" not in text
-    assert "expected" in text
-    return text
 
 
 def test_round_trip_is_bit_exact(shared, ids, tmp_path):

@@ -62,13 +62,15 @@ def enough_disk(folder: Path, op: str = OP) -> Iterator[None]:
     """Says in a sentence that a disk is full, or that a folder cannot be written."""
     try:
         yield
-    except OSError as error:
-        if error.errno is None:
+    except Exception as error:
+        number = getattr(error, "errno", None)
+        # safetensors and torch report the system's errors in words of their own.
+        if number in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error) or "PytorchStreamWriter" in str(error):
+            fix = "free some and run the same command again"
+            raise bad_value(op, "space on the disk", f"none left for {folder}", fix) from error
+        if number is None:
             raise
-        where = f"{folder} ({error.strerror})"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise bad_value(op, "space on the disk", where, "free some and run the same command again") from error
-        raise bad_value(op, "a folder that can be written", where) from error
+        raise bad_value(op, "a folder that can be written", f"{folder} ({os.strerror(number)})") from error
 
 
 def _sync(path: Path) -> None:

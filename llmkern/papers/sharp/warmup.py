@@ -1,0 +1,204 @@
+r"""Single Layer Warmup: each replaced layer by itself learns to give what its own MLP gave.
+
+    min over the factors of layer p:   E |MLP_p(x) - MLP_shared,p(x)|^2 / E |MLP_p(x)|^2
+
+x being what layer p gets in the original model. Layers know nothing of one another: a run may take some of them, and
+several machines all. What the original gives is computed once and kept on disk (SHARP, arXiv 2502.07832, first stage).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmkern._library import bad_value
+from llmkern.demo.cache import Cache, resumable_steps, stage_key
+from llmkern.papers.data_selection.files import atomic
+from llmkern.papers.sharp.files import base_fingerprint, enough_disk
+from llmkern.papers.sharp.observe import watch_mlps
+
+OP = "sharp warmup"
+Show = Callable[[int, str], object]
+
+
+@dataclass(frozen=True)
+class WarmupSettings:
+    """``tokens`` of the text make a step; the rate falls from ``learning_rate`` along a cosine."""
+
+    steps: int = 300
+    tokens: int = 512
+    learning_rate: float = 2e-3
+    evaluate_every: int = 50
+    seed: int = 0
+
+
+class TeacherCache:
+    """Inputs and outputs of a model's own MLPs on a text, as files of ``shard_rows`` rows of it each.
+
+    A file is written whole or not at all, and is found again by model, text and layers; the last one is kept from
+    training and measures it.
+    """
+
+    def __init__(self, folder: str | Path, teacher: Any, ids: Tensor, layers: Iterable[int], shard_rows: int = 16):
+        self.teacher, self.ids, self.layers = teacher, ids, sorted(layers)
+        self.parts = ids.split(shard_rows)
+        if len(self.parts) < 2:
+            raise bad_value(OP, f"more than {shard_rows} rows of text", len(ids), "give a longer text")
+        text = hashlib.sha256(ids.long().numpy().tobytes()).hexdigest()
+        self.key = stage_key(base_fingerprint(teacher), text, self.layers, shard_rows, str(teacher.dtype))
+        self.folder = Path(folder) / f"teacher-{self.key}"
+        self._read: dict[int, dict[str, Tensor]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Of all files together, apart from their headers."""
+        row = 2 * len(self.layers) * self.teacher.config.hidden_size * torch.finfo(self.teacher.dtype).bits // 8
+        return self.ids.numel() * row
+
+    def path(self, part: int) -> Path:
+        return self.folder / f"{part:05d}.safetensors"
+
+    def fill(self, show: Show = lambda done, note: None) -> None:
+        """Make the files that are missing."""
+        from safetensors.torch import save as to_bytes
+
+        with enough_disk(self.folder, OP):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            missing = [part for part in range(len(self.parts)) if not self.path(part).exists()]
+            needed, free = self.nbytes * len(missing) // len(self.parts), shutil.disk_usage(self.folder).free
+            if needed > free:
+                got = f"{free / 1e9:.2f} GB"
+                fix = "free some, or take less text or fewer layers"
+                raise bad_value(OP, f"{needed / 1e9:.2f} GB of free disk under {self.folder}", got, fix)
+            for part in missing:
+                found: dict[str, Tensor] = {}
+
+                def see(layer: int, x: Tensor, y: Tensor, found: dict[str, Tensor] = found) -> None:
+                    found[f"{layer}.x"], found[f"{layer}.y"] = x.contiguous(), y.contiguous()
+
+                watch_mlps(self.teacher, self.parts[part], see, self.layers, len(self.parts[part]))
+                with atomic(self.path(part), OP) as file:
+                    file.write(to_bytes(found))
+                show(part + 1, "")
+
+    def read(self, part: int, layer: int) -> tuple[Tensor, Tensor]:
+        """x and y (tokens, H) of one layer, mapped into memory."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        if part not in self._read:
+            try:
+                self._read[part] = load_file(self.path(part))
+            except (OSError, SafetensorError) as error:
+                self.path(part).unlink(missing_ok=True)
+                fix = "run the same command again, it makes the file anew"
+                raise bad_value(OP, f"a readable {self.path(part)}", error, fix) from error
+        return self._read[part][f"{layer}.x"], self._read[part][f"{layer}.y"]
+
+
+def warm_up(
+    model: Any,
+    teacher: TeacherCache,
+    settings: WarmupSettings = WarmupSettings(),
+    work: Cache | None = None,
+    layers: Iterable[int] | None = None,
+    show: Show = lambda done, note: None,
+) -> dict[int, list[list[float]]]:
+    """In place: the factors of each layer, trained alone; returns {layer: [[step, relative error], ...]}.
+
+    Args:
+        model: from ``convert``. teacher: filled, of the model that it was made from.
+        work: where finished layers and checkpoints lie; a run that was killed goes on from there to the same bits.
+        layers: some of the replaced ones, all by default.
+    """
+    teacher.fill()
+    replaced = sorted(model.sharing.references) if layers is None else sorted(layers)
+    unknown = [layer for layer in replaced if layer not in model.sharing.references or layer not in teacher.layers]
+    if unknown:
+        raise bad_value(OP, f"layers among those replaced, {sorted(model.sharing.references)}", unknown)
+    histories = {}
+    for place, layer in enumerate(replaced):
+        mlp = model.model.layers[layer].mlp
+        key = stage_key(settings, teacher.key, base_fingerprint(model), _digest(mlp), layer)
+        made = None if work is None else work.load(f"warmup.{layer}", key)
+        if made is None:
+
+            def note(step: int, error: float, place: int = place, layer: int = layer) -> None:
+                show(place * settings.steps + step, f"layer {layer}: {error:.4f}")
+
+            with enough_disk(teacher.folder.parent, OP):
+                made = {"history": _train(mlp, layer, teacher, settings, work, key, note), "factors": mlp.state_dict()}
+                if work is not None:
+                    work.save(f"warmup.{layer}", key, made)
+                    work.remove(f"warmup.{layer}.partial", key)
+        mlp.load_state_dict(made["factors"])
+        mlp.train(model.training)
+        histories[layer] = made["history"]
+        show((place + 1) * settings.steps, f"layer {layer}: {made['history'][-1][1]:.4f}")
+    return histories
+
+
+def _train(
+    mlp: nn.Module,
+    layer: int,
+    teacher: TeacherCache,
+    settings: WarmupSettings,
+    work: Cache | None,
+    key: str,
+    show: Callable[[int, float], None],
+) -> list[list[float]]:
+    factors = list(mlp.parameters())
+    x, y = teacher.read(len(teacher.parts) - 1, layer)
+    size = float(y.float().square().mean())
+    optimizer = torch.optim.Adam(factors, lr=settings.learning_rate, betas=(0.9, 0.99))
+    history: list[list[float]] = []
+
+    def measure(step: int) -> None:
+        with torch.no_grad():
+            history.append([step, float((mlp.eval()(x) - y).float().square().mean()) / size])
+
+    steps: Iterable[int] = range(settings.steps)
+    if work is not None:
+        steps = resumable_steps(work, f"warmup.{layer}", key, mlp, optimizer, settings.steps, history)
+    for step in steps:
+        if step == 0:
+            measure(0)
+        x_step, y_step = _draw(teacher, layer, settings, step)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+        loss = (mlp.train()(x_step) - y_step).float().square().mean() / size
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % settings.evaluate_every == 0 or step + 1 == settings.steps:
+            measure(step + 1)
+        show(step + 1, history[-1][1])
+    return history
+
+
+def _draw(teacher: TeacherCache, layer: int, settings: WarmupSettings, step: int) -> tuple[Tensor, Tensor]:
+    """Rows of one file, a function of seed, layer and step alone."""
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + layer * 10_007 + step)
+    part = int(torch.randint(len(teacher.parts) - 1, (), generator=generator))
+    x, y = teacher.read(part, layer)
+    rows = torch.randint(len(x), (settings.tokens,), generator=generator)
+    return x[rows], y[rows]
+
+
+def _digest(module: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def record(histories: dict[int, list[list[float]]], settings: WarmupSettings) -> dict[str, Any]:
+    return {"settings": asdict(settings), "layers": {str(layer): history for layer, history in histories.items()}}

@@ -1,0 +1,209 @@
+"""Warmup and fine-tuning of shared MLPs: each lowers its loss, resumes to the same bits, refuses what is bad."""
+
+import errno
+import os
+
+import pytest
+import torch
+from shared_models import GROUPS, logits, model_of, refusal
+from tiny_models import WORDS, word_tokenizer
+
+from llmkern.demo.cache import Cache
+from llmkern.papers.sharp import finetune, text, warmup
+from llmkern.papers.sharp.convert import convert
+from llmkern.papers.sharp.evaluate import mean_loss, write_samples
+
+STEPS = warmup.WarmupSettings(steps=40, tokens=64, evaluate_every=20)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models of this size only lose by more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def original():
+    return model_of()
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(3, WORDS, (24, 16), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def teacher(original, ids, tmp_path):
+    return warmup.TeacherCache(tmp_path / "cache", original, ids, (2, 3, 5), shard_rows=4)
+
+
+def factors(model):
+    return {name: t.clone() for name, t in model.state_dict().items() if ".lora_" in name}
+
+
+def test_warmup_lowers_every_layers_error(original, ids, teacher):
+    model = convert(original, GROUPS, rank=12, init="svd")
+    before = mean_loss_against(original, model, ids)
+    histories = warmup.warm_up(model, teacher, STEPS)
+    assert sorted(histories) == [2, 3, 5]
+    for history in histories.values():
+        assert [step for step, _ in history] == [0, 20, 40]
+        assert history[-1][1] < 0.9 * history[0][1]
+    assert mean_loss_against(original, model, ids) < before
+    # What it minimises is the distance between the two MLPs on what the layer gets in the original.
+    x, y = teacher.read(5, 3)
+    mlp = model.model.layers[3].mlp
+    found = float(((mlp(x) - y).square().mean() / y.square().mean()).detach())
+    assert found == pytest.approx(histories[3][-1][1])
+    torch.testing.assert_close(original.model.layers[3].mlp(x), y)
+
+
+def mean_loss_against(original, model, ids):
+    return float((logits(model, ids) - logits(original, ids)).square().mean())
+
+
+def test_layers_are_independent_and_resume_to_the_same_bits(original, teacher, tmp_path, monkeypatch):
+    whole = convert(original, GROUPS, rank=4)
+    warmup.warm_up(whole, teacher, STEPS)
+    parts, work = convert(original, GROUPS, rank=4), Cache(tmp_path / "work", 0.0)
+    warmup.warm_up(parts, teacher, STEPS, work, layers=[5])
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    steps = []
+
+    def draw(teacher, layer, settings, step, real=warmup._draw):
+        steps.append((layer, step))
+        return stop() if len(steps) == 30 else real(teacher, layer, settings, step)
+
+    monkeypatch.setattr(warmup, "_draw", draw)
+    with pytest.raises(KeyboardInterrupt):
+        warmup.warm_up(convert(original, GROUPS, rank=4), teacher, STEPS, work)
+    assert steps[-1] == (2, 29)
+    again = convert(original, GROUPS, rank=4)
+    steps.extend([None] * 100)
+    warmup.warm_up(again, teacher, STEPS, work)
+    # The step that was stopped is the first, and layer 5 was done before.
+    assert steps[130:] == [(2, step) for step in range(29, 40)] + [(3, step) for step in range(40)]
+    wanted = factors(whole)
+    assert all(torch.equal(t, wanted[name]) for name, t in factors(again).items())
+    assert not list((tmp_path / "work").glob("*.partial*"))
+
+
+def test_teacher_files_are_whole_and_found_again(original, ids, teacher, tmp_path, monkeypatch):
+    teacher.fill()
+    paths = sorted(teacher.folder.iterdir())
+    assert [path.name for path in paths] == [f"{i:05d}.safetensors" for i in range(6)]
+    assert sum(path.stat().st_size for path in paths) - teacher.nbytes < 6 * 1000
+    paths[2].unlink()
+    made = []
+    real = warmup.watch_mlps
+    monkeypatch.setattr(warmup, "watch_mlps", lambda *args: (made.append(1), real(*args)))
+    again = warmup.TeacherCache(tmp_path / "cache", original, ids, (5, 3, 2), shard_rows=4)
+    again.fill()
+    assert (again.folder, len(made)) == (teacher.folder, 1)
+    other = warmup.TeacherCache(tmp_path / "cache", original, ids + 1, (2, 3, 5), shard_rows=4)
+    assert other.folder != teacher.folder
+    paths[3].write_bytes(b"half")
+    assert "it makes the file anew" in refusal(again.read, 3, 2)
+    again.fill()
+    assert len(again.read(3, 2)[0]) == 64
+
+
+def test_full_disk_is_a_sentence(original, ids, teacher, monkeypatch):
+    usage = type("Usage", (), {"free": 10})
+    monkeypatch.setattr(warmup.shutil, "disk_usage", lambda _: usage)
+    assert "GB of free disk under" in refusal(teacher.fill)
+    monkeypatch.undo()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert "expected space on the disk, got none left" in refusal(teacher.fill)
+    assert not list(teacher.folder.iterdir())
+
+
+def test_warmup_refusals(original, ids, teacher, tmp_path):
+    model = convert(original, GROUPS, rank=2)
+    assert "expected layers among those replaced, [2, 3, 5], got [4]" in refusal(
+        warmup.warm_up, model, teacher, STEPS, layers=[4]
+    )
+    assert "more than 16 rows of text, got 8" in refusal(warmup.TeacherCache, tmp_path, original, ids[:8], (2,))
+
+
+# Fine-tuning ----------------------------------------------------------------------------------------------------------
+
+SETTINGS = finetune.FinetuneSettings(steps=12, batch=4, log_every=4, save_every=4, learning_rate=5e-3)
+
+
+@pytest.fixture(scope="module")
+def examples(ids):
+    rows = [torch.arange(3, 19).roll(i).tolist() for i in range(16)]
+    return [text.Example(row[: 16 - i % 3], i % 5) for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("trl", [False, True])
+def test_finetuning_learns_and_leaves_the_base(original, examples, tmp_path, trl):
+    if trl:
+        pytest.importorskip("trl")
+    model = convert(original, GROUPS, rank=4)
+    base = {name: t.clone() for name, t in model.state_dict().items() if ".lora_" not in name}
+    settings = finetune.FinetuneSettings(**{**SETTINGS.__dict__, "trl": trl, "answer_only": True})
+    history = finetune.finetune(model, examples, tmp_path, settings, held_out=examples[:4], tokenizer=word_tokenizer())
+    assert [step for step, *_ in history] == [4, 8, 12]
+    assert history[-1][1] < history[0][1]
+    assert history[-1][2] < history[0][2]
+    state = model.state_dict()
+    assert all(torch.equal(state[name], t) for name, t in base.items())
+
+
+def test_finetuning_resumes_and_skips_a_half_written_checkpoint(original, examples, tmp_path):
+    straight = convert(original, GROUPS, rank=4)
+    finetune.finetune(straight, examples, tmp_path / "a", SETTINGS)
+    model = convert(original, GROUPS, rank=4)
+    finetune.finetune(model, examples, tmp_path / "b", SETTINGS)
+    (out,) = (tmp_path / "b").iterdir()
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]
+    state = out / "checkpoint-12" / "trainer_state.json"
+    state.write_text(state.read_text()[:40])
+    assert finetune.last_whole_checkpoint(out) == str(out / "checkpoint-8")
+    again, seen = convert(original, GROUPS, rank=4), []
+    finetune.finetune(again, examples, tmp_path / "b", SETTINGS, show=lambda done, note: seen.append(done))
+    assert seen == [9, 10, 11, 12]
+    wanted = factors(straight)
+    assert all(torch.equal(t, wanted[name]) for name, t in factors(again).items())
+
+
+def test_labels_and_padding():
+    example = text.Example([5, 6, 7, 8], 2)
+    assert example.labels(answer_only=True) == [-100, -100, 7, 8]
+    assert example.labels(answer_only=False) == [5, 6, 7, 8]
+    rows = [{"input_ids": [5, 6], "labels": [5, 6]}, {"input_ids": [7, 8, 9], "labels": [-100, 8, 9]}]
+    batch = finetune.collate(rows)
+    assert batch["labels"].tolist() == [[5, 6, -100], [-100, 8, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+
+
+def test_texts(tmp_path):
+    tokenizer = word_tokenizer()
+    (tmp_path / "a.jsonl").write_text('{"prompt": "w5 w6", "completion": " w7"}\n\n{"text": "w8 w9 w10"}\n')
+    (tmp_path / "b.txt").write_text("w4 w5\nw6 w7 w8")
+    examples = text.read_examples("sharp", tokenizer, [tmp_path / "a.jsonl", tmp_path / "b.txt"], 4)
+    assert [(e.ids, e.prompt) for e in examples] == [([5, 6, 7, 2], 2), ([8, 9, 10], 0), ([4, 5, 6, 7], 0)]
+    windows = text.read_windows("sharp", tokenizer, [tmp_path / "a.jsonl", tmp_path / "b.txt"], 3)
+    assert windows.tolist() == [[5, 6, 7], [8, 9, 10], [4, 5, 6]]
+    (tmp_path / "c.jsonl").write_text('{"question": 1}\n')
+    assert "got line 1 of" in refusal(text.read_file, "sharp", tmp_path / "c.jsonl")
+    assert "at least 99 tokens, got 5" in refusal(text.read_windows, "sharp", tokenizer, [tmp_path / "b.txt"], 99)
+
+
+def test_loss_and_samples(original, ids):
+    wanted = original(input_ids=ids, labels=ids).loss
+    assert mean_loss(original, ids, batch_size=5) == pytest.approx(float(wanted), rel=1e-5)
+    (found,) = write_samples(original, word_tokenizer(), ["w5 w6 w7"], 5)
+    assert len(found.split()) <= 5
