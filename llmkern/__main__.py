@@ -17,6 +17,7 @@ COMMANDS = {
     "demo": ("llmkern.demo", "train, tune and decode on real text, with a report"),
     "mod": ("llmkern.papers.mod.command", "multi-objective decoding: generate, sweep"),
     "rope": ("llmkern.papers.rope.command", "attention with bounded scores: what the bound costs and buys"),
+    "sharp": ("llmkern.papers.sharp.command", "layers share an MLP: convert, warmup, finetune, eval, bench, export"),
     "select": ("llmkern.papers.data_selection.command", "data selection: score, target, filter, combine, report"),
     "reproduce": ("llmkern.papers.reproduce", "small exact versions of the papers' experiments"),
 }

@@ -404,7 +404,7 @@ def uneven():
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8", "int4"])
 def test_factors_take_up_quantisation(original, ids, dtype):
-    model = convert(original, GROUPS, rank=32, pack=dtype, pack_group_size=32)
+    model = convert(original, GROUPS, rank=32, init="svd", pack=dtype, pack_group_size=32)
     reference = model.model.layers[1].mlp
     assert reference.packed.dtype == dtype
     # Full rank, so that a replaced layer computes its own MLP again, though its reference is rounded.

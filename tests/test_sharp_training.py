@@ -204,6 +204,6 @@ def test_texts(tmp_path):
 
 def test_loss_and_samples(original, ids):
     wanted = original(input_ids=ids, labels=ids).loss
-    assert mean_loss(original, ids, batch_size=5) == pytest.approx(float(wanted), rel=1e-5)
+    assert mean_loss(original, ids, batch_size=5) == pytest.approx(wanted.item(), rel=1e-5)
     (found,) = write_samples(original, word_tokenizer(), ["w5 w6 w7"], 5)
     assert len(found.split()) <= 5

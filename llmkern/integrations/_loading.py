@@ -27,7 +27,7 @@ def load_directories(
         check_directory(op, name, Path(path))
     for name, path in named:
         _load(op, name, path, "config.json", AutoConfig, {})
-    tokenizers = [_load(op, name, path, "tokenizer", AutoTokenizer, {}) for name, path in named]
+    tokenizers = [load_tokenizer(op, name, path) for name, path in named]
     for (name, path), tokenizer in zip(named[1:], tokenizers[1:]):
         _check_same_tokens(op, f"{name} ({path})", tokenizer, f"{named[0][0]} ({named[0][1]})", tokenizers[0])
     models = [load_model(op, name, path, model_options) for name, path in named]
@@ -60,6 +60,10 @@ def _load(op: str, name: str, path: Any, what: str, auto: Any, options: dict[str
         reason = " ".join(str(error).split()) or type(error).__name__
         reason = reason if len(reason) <= 300 else reason[:300] + "..."
         raise bad_value(op, f"{name} to hold a readable {what}", f"{path}: {reason}", "save it anew") from error
+
+
+def load_tokenizer(op: str, name: str, path: Any) -> Any:
+    return _load(op, name, path, "tokenizer", AutoTokenizer, {})
 
 
 def load_model(op: str, name: str, path: Any, options: dict[str, Any]) -> Any:

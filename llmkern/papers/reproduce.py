@@ -10,6 +10,7 @@ import importlib
 EXPERIMENTS = {
     "mod": ("llmkern.papers.mod.experiment", "multi-objective decoding where every sequence can be enumerated"),
     "rope": ("llmkern.papers.rope.experiment", "almost linear attention: time, error, certificates, where it ends"),
+    "sharp": ("llmkern.papers.sharp.study.experiment", "layers that share an MLP: what is lost, and what returns"),
     "data-selection": (
         "llmkern.papers.data_selection.toy.experiment",
         "VAS, negCLIPLoss and NormSim: students trained on what each of them keeps",

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_mixture(sweep)
     sweep.add_argument("--prompts", type=Path, required=True, metavar="FILE", help="one prompt a line")
     sweep.add_argument("--out", type=Path, required=True, metavar="DIR", help="a finished weight there is not redone")
-    sweep.add_argument("--grid", type=_integer(1), default=10, metavar="N", help="steps along each edge (default 10)")
+    sweep.add_argument("--grid", type=integer(1), default=10, metavar="N", help="steps along each edge (default 10)")
     sweep.add_argument(
         "--weights",
         type=_weights,
@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="W,W",
         help="a further point, on the simplex or off",
     )
-    sweep.add_argument("--batch-size", type=_integer(1), default=8, metavar="B")
-    sweep.add_argument("--samples", type=_integer(0), default=3, metavar="N", help="texts kept per weight (default 3)")
+    sweep.add_argument("--batch-size", type=integer(1), default=8, metavar="B")
+    sweep.add_argument("--samples", type=integer(0), default=3, metavar="N", help="texts kept per weight (default 3)")
 
 
 def _add_mixture(parser: argparse.ArgumentParser) -> None:
@@ -46,16 +46,16 @@ def _add_mixture(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--reference", metavar="DIR", help="the model that the policies were tuned from")
     parser.add_argument("--divergence", choices=DIVERGENCES, default="reverse_kl")
-    parser.add_argument("--alpha", type=_number("in (0, 1]", lambda x: 0 < x <= 1), metavar="A")
+    parser.add_argument("--alpha", type=number("in (0, 1]", lambda x: 0 < x <= 1), metavar="A")
     parser.add_argument("--normalizer", choices=NORMALIZERS, default="exact")
     parser.add_argument("--prefix", action="store_true", help="mix probabilities of whole continuations")
-    parser.add_argument("--max-new-tokens", type=_integer(1), default=64, metavar="N")
-    at_least_zero = _number("of at least 0", lambda x: 0 <= x < math.inf)
+    parser.add_argument("--max-new-tokens", type=integer(1), default=64, metavar="N")
+    at_least_zero = number("of at least 0", lambda x: 0 <= x < math.inf)
     parser.add_argument("--temperature", type=at_least_zero, default=1.0, metavar="T", help="0 is greedy (default 1)")
-    parser.add_argument("--top-k", type=_integer(0), default=0, metavar="K", help="0 is off (default)")
-    parser.add_argument("--top-p", type=_number("in (0, 1]", lambda x: 0 < x <= 1), default=1.0, metavar="P")
-    parser.add_argument("--min-p", type=_number("in [0, 1]", lambda x: 0 <= x <= 1), default=0.0, metavar="Q")
-    parser.add_argument("--seed", type=_integer(0), default=0, metavar="S")
+    parser.add_argument("--top-k", type=integer(0), default=0, metavar="K", help="0 is off (default)")
+    parser.add_argument("--top-p", type=number("in (0, 1]", lambda x: 0 < x <= 1), default=1.0, metavar="P")
+    parser.add_argument("--min-p", type=number("in [0, 1]", lambda x: 0 <= x <= 1), default=0.0, metavar="Q")
+    parser.add_argument("--seed", type=integer(0), default=0, metavar="S")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, ...")
 
 
@@ -171,7 +171,7 @@ def _weights(text: str) -> list[float]:
     return weights
 
 
-def _number(expected: str, fits: Callable[[float], bool]) -> Callable[[str], float]:
+def number(expected: str, fits: Callable[[float], bool]) -> Callable[[str], float]:
     def parse(text: str) -> float:
         try:
             value = float(text)
@@ -184,7 +184,7 @@ def _number(expected: str, fits: Callable[[float], bool]) -> Callable[[str], flo
     return parse
 
 
-def _integer(low: int) -> Callable[[str], int]:
+def integer(low: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
             value = int(text)

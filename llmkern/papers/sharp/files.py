@@ -81,17 +81,32 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def quiet_transformers() -> None:
+    """For commands with bars and words of their own."""
+    import warnings
+
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+
+
 # Models ---------------------------------------------------------------------------------------------------------------
 
 
 def save(model: Any, folder: str | Path, tokenizer: Any = None, records: Path | None = None) -> None:
     """``model.save_pretrained``, whole or not at all; ``records`` is a folder of json files to go along."""
     with whole_folder(folder) as scratch:
-        model.save_pretrained(scratch)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(scratch)
-        if records is not None and records.is_dir():
-            shutil.copytree(records, scratch / records.name)
+        write_model(model, scratch, tokenizer, records)
+
+
+def write_model(model: Any, folder: Path, tokenizer: Any, records: Path | None) -> None:
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if records is not None and records.is_dir():
+        shutil.copytree(records, folder / records.name)
 
 
 def load(folder: str | Path, *, shared: bool | None = True, op: str = OP, **options: Any) -> Any:
@@ -116,6 +131,16 @@ def load(folder: str | Path, *, shared: bool | None = True, op: str = OP, **opti
     if found.startswith(PREFIX):
         freeze_base(model)
     return model
+
+
+def check_same_base(op: str, model: Any, teacher: Any) -> None:
+    """That what a converted model kept is the teacher's, to the bit."""
+    theirs = teacher.state_dict()
+    for name, tensor in model.state_dict().items():
+        if ".lora_A." in name or ".lora_B." in name:
+            continue
+        if name not in theirs or not torch.equal(theirs[name], tensor):
+            raise bad_value(op, "the model that the converted one was made from", f"another {name}", "see --teacher")
 
 
 # Adapters -------------------------------------------------------------------------------------------------------------

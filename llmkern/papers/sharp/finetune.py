@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmkern.demo.cache import stage_key
-from llmkern.papers.sharp.files import base_fingerprint, enough_disk, pairs_of
+from llmkern.papers.sharp.files import base_fingerprint, enough_disk
 from llmkern.papers.sharp.text import IGNORED, Example
 
 OP = "sharp finetune"
@@ -136,9 +136,9 @@ def _rows(examples: Sequence[Example], answer_only: bool) -> list[dict[str, list
 
 def _key(model: Any, examples: Sequence[Example], settings: FinetuneSettings) -> str:
     digest = hashlib.sha256(json.dumps([asdict(example) for example in examples]).encode())
-    for pair in pairs_of(model).values():
-        for tensor in pair.pair:
-            digest.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            digest.update(name.encode() + parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
     return stage_key(settings, base_fingerprint(model), digest.hexdigest())
 
 

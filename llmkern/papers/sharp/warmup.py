@@ -135,7 +135,8 @@ def warm_up(
                 show(place * settings.steps + step, f"layer {layer}: {error:.4f}")
 
             with enough_disk(teacher.folder.parent, OP):
-                made = {"history": _train(mlp, layer, teacher, settings, work, key, note), "factors": mlp.state_dict()}
+                history = train_layer(mlp, layer, teacher, settings, work, key, note)
+                made = {"history": history, "factors": mlp.state_dict()}
                 if work is not None:
                     work.save(f"warmup.{layer}", key, made)
                     work.remove(f"warmup.{layer}.partial", key)
@@ -146,7 +147,7 @@ def warm_up(
     return histories
 
 
-def _train(
+def train_layer(
     mlp: nn.Module,
     layer: int,
     teacher: TeacherCache,
