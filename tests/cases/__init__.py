@@ -1,7 +1,13 @@
 """What the generic suite runs: each operation joins by a line."""
 
-from cases import mix_logits, pairwise_scores, rope_attention, shared_lora_mlp, vas_score
-from cases import mix_logits, pairwise_scores, rope_attention, toeplitz_attention, vas_score
+from cases import (
+    mix_logits,
+    pairwise_scores,
+    rope_attention,
+    shared_lora_mlp,
+    toeplitz_attention,
+    vas_score,
+)
 from cases.case import Case
 
 CASES: list[Case] = [
