@@ -180,8 +180,10 @@ sources = sorted(str(path.relative_to(HERE)) for path in (HERE / "csrc").glob("*
 isas = isas_of(wish) if sources and not missing_for_build() else []
 
 HF = ["transformers>=5", "peft>=0.18", "safetensors", "accelerate"]
+TRL = [*HF, "trl"]
 SELECT = ["pyarrow", "ray", "rich", "matplotlib", "scipy"]
 DEMO = [*HF, "rich", "matplotlib", "scikit-learn"]
+TOOLS = ["triton", "setuptools>=77", "ninja", "build", "ruff", "mypy", "clang-format"]
 TEST = ["pytest", "pytest-benchmark", "hypothesis", "scipy"]
 
 setup(
@@ -199,10 +201,23 @@ setup(
     install_requires=["torch>=2.11,<2.14", "numpy"],
     extras_require={
         "hf": HF,
+        "trl": TRL,
         "select": SELECT,
         "demo": DEMO,
         "test": TEST,
-        "dev": [*DEMO, *SELECT, *TEST, "triton", "setuptools>=77", "ninja", "build", "ruff", "mypy", "clang-format"],
+        "dev": [
+            *DEMO,
+            *TRL,
+            *SELECT,
+            *TEST,
+            "triton",
+            "setuptools>=77",
+            "ninja",
+            "build",
+            "ruff",
+            "mypy",
+            "clang-format",
+        ],
     },
     entry_points={"console_scripts": ["llmkern=llmkern.__main__:main"]},
     ext_modules=[Extension(f"llmkern._cpu_{isa}", sources=sources, language="c++") for isa in isas],

@@ -12,8 +12,8 @@
 //     for each panel: panel_product(left, rows, right.panel(p), right.depth(), c);   // c: rows x kTileColumns
 //                     ... reduce c ...
 //
-// An entry of a product is a sum in the order of k, cut into slices of kSlice, whatever the block, the panel or the
-// thread that it falls to.
+// An entry of a product is a sum over slices of kSlice, each summed in the order of k, whatever the block, the panel or
+// the thread that it falls to.
 #pragma once
 
 #include "common.h"
@@ -71,10 +71,7 @@ inline void tile_product(const A* a, int64_t row, int64_t chunk, const A* b, int
   constexpr int kWidth = kLanes<A>;
   V acc[kTileRows][2];
 #pragma GCC unroll 16
-  for (int r = 0; r < kTileRows; ++r) {
-    acc[r][0] = add ? load(c + r * kTileColumns<A>, All{}) : V{};
-    acc[r][1] = add ? load(c + r * kTileColumns<A> + kWidth, All{}) : V{};
-  }
+  for (int r = 0; r < kTileRows; ++r) acc[r][0] = acc[r][1] = V{};
   for (; depth > 0; depth -= kTileColumns<A>, a += chunk) {
 #pragma GCC unroll 4
     for (int k = 0; k < kTileColumns<A>; ++k, b += kTileColumns<A>) {
@@ -89,8 +86,9 @@ inline void tile_product(const A* a, int64_t row, int64_t chunk, const A* b, int
   }
 #pragma GCC unroll 16
   for (int r = 0; r < kTileRows; ++r) {
-    store(c + r * kTileColumns<A>, acc[r][0], All{});
-    store(c + r * kTileColumns<A> + kWidth, acc[r][1], All{});
+    A* to = c + r * kTileColumns<A>;
+    store(to, add ? load(to, All{}) + acc[r][0] : acc[r][0], All{});
+    store(to + kWidth, add ? load(to + kWidth, All{}) + acc[r][1] : acc[r][1], All{});
   }
 }
 
