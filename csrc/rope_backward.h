@@ -96,7 +96,7 @@ class BackwardProblem {
         to[c * stride + t] = g_c;
         total += g_c * (static_cast<A>(out[c]) - side_.mean[c]);
       }
-      to[in_.value_dim * stride + t] = -total;
+      to[in_.value_dim * stride + t] = exact && unrounded_ ? -unrounded_[index(t)] : -total;
     }
   }
 
@@ -217,14 +217,11 @@ class BackwardProblem {
     });
   }
 
-  // Gradients of the pairs of rows index(t) (of the kind ``exact``) with keys below limit(row). Key gradients go to
-  // rows from key_begin on; without ``want_keys`` those of queries are taken instead, with key_begin >= 0 both.
+  // Columns x, offsets and limits of rows index(t) of the kind ``exact``; offset and limit follow x.
   template <typename Index, typename Limit>
-  void pairs(int64_t g, int64_t count, Index index, int64_t stride, bool exact, Limit limit_of, const KeyBlock<A>& keys,
-             int64_t key_begin, bool want_queries, A* numbers) const {
-    A *x = numbers, *dx = x + in_.dim * stride, *slope = dx + in_.dim * stride, *p = slope + width_ * stride,
-      *ds = p + kKeyBlock * stride, *offset = ds + kKeyBlock * stride, *limit = offset + stride;
-    slopes(g, count, index, stride, exact, false, slope);
+  QueryTile<A> query_tile(int64_t g, int64_t count, Index index, int64_t stride, bool exact, Limit limit_of,
+                          A* x) const {
+    A *offset = x + in_.dim * stride, *limit = offset + stride;
     for (int64_t t = 0; t < stride; ++t) {
       const bool live = t < count && io_.exact[row_of(g, index(t))] == exact;
       for (int64_t l = 0; l < in_.dim; ++l) x[l * stride + t] = live ? in_.query(g, index(t))[l] : A(0);
@@ -232,6 +229,18 @@ class BackwardProblem {
       offset[t] = exact ? (z == -std::numeric_limits<A>::infinity() ? A(0) : z) : side_.top + std::log(z);
       limit[t] = static_cast<A>(live ? std::min(limit_of(index(t)), in_.keys) : 0);
     }
+    return {x, in_.dim, stride, stride, offset, limit};
+  }
+
+  // Gradients of the pairs of rows index(t) (of the kind ``exact``) with keys below limit(row). Key gradients go to
+  // rows from key_begin on; without ``want_keys`` those of queries are taken instead, with key_begin >= 0 both.
+  template <typename Index, typename Limit>
+  void pairs(int64_t g, int64_t count, Index index, int64_t stride, bool exact, Limit limit_of, const KeyBlock<A>& keys,
+             int64_t key_begin, bool want_queries, A* numbers) const {
+    A *x = numbers, *dx = x + (in_.dim + 2) * stride, *slope = dx + in_.dim * stride, *p = slope + width_ * stride,
+      *ds = p + kKeyBlock * stride;
+    slopes(g, count, index, stride, exact, false, slope);
+    const QueryTile<A> tile = query_tile(g, count, index, stride, exact, limit_of, x);
     PairGradients<A> to{};
     if (want_queries) {
       std::fill(dx, dx + in_.dim * stride, A(0));
@@ -242,7 +251,7 @@ class BackwardProblem {
       to.dv = io_.dv + key_begin * in_.value_dim;
       to.dbias = io_.dbias ? io_.dbias + key_begin : nullptr;
     }
-    pull_back_pairs(keys, QueryTile<A>{x, in_.dim, stride, stride, offset, limit}, slope, width_, p, ds, to);
+    pull_back_pairs(keys, tile, slope, width_, p, ds, to);
     for (int64_t t = 0; want_queries && t < count; ++t) {
       A* row = io_.dq + row_of(g, index(t)) * in_.dim;
       for (int64_t l = 0; l < in_.dim; ++l) row[l] += dx[l * stride + t];
@@ -341,15 +350,49 @@ class BackwardProblem {
         [&](int64_t i) { return side_.heavy_keys[i]; });
   }
 
-  void exact_rows(int64_t g) const {
+  void exact_rows(int64_t g) {
     std::vector<int64_t> failed;
     for (int64_t i = 0; i < in_.queries; ++i) {
       if (io_.exact[row_of(g, i)]) failed.push_back(i);
     }
     if (failed.empty()) return;
-    sweep(
-        g, failed.size(), [&](int64_t t) { return failed[t]; }, true,
-        [&](int64_t i) { return in_.options.is_causal ? i + 1 : in_.keys; }, in_.keys, [](int64_t j) { return j; });
+    const auto seen = [&](int64_t i) { return in_.options.is_causal ? i + 1 : in_.keys; };
+    std::vector<A> unrounded;
+    if (!std::is_same_v<T, A>) {
+      unrounded = unrounded_pulls(g, failed, seen);
+      unrounded_ = unrounded.data();
+    }
+    sweep(g, failed.size(), [&](int64_t t) { return failed[t]; }, true, seen, in_.keys, [](int64_t j) { return j; });
+    unrounded_ = nullptr;
+  }
+
+  // do.o of rows, with o summed once more: rounded to a short type, as it was returned, it errs by more than what is
+  // left of the gradient of a row that looks at one key.
+  template <typename Limit>
+  std::vector<A> unrounded_pulls(int64_t g, const std::vector<int64_t>& rows, Limit limit) const {
+    constexpr int64_t kTokens = 4 * kTileTokens<A>;
+    std::vector<A> pulls(in_.queries);
+    const int64_t count = rows.size();
+    for_tasks((count + kTokens - 1) / kTokens, [&](int64_t task) {
+      const int64_t begin = task * kTokens, size = std::min(kTokens, count - begin);
+      const auto index = [&](int64_t t) { return rows[begin + t]; };
+      const Buffer<A> numbers((in_.dim + 2 + width_ + kKeyBlock) * kTokens);
+      A *sums = numbers.get() + (in_.dim + 2) * kTokens, *p = sums + width_ * kTokens;
+      std::fill(sums, sums + width_ * kTokens, A(0));
+      const QueryTile<A> tile = query_tile(g, size, index, kTokens, true, limit, numbers.get());
+      const int64_t end = std::min(in_.keys, limit(index(size - 1)));
+      for (int64_t j = 0; j < end; j += kKeyBlock) {
+        const GatheredKeys<T> keys(side_, std::min(kKeyBlock, end - j), [&](int64_t i) { return j + i; });
+        add_pairs(keys.block(), tile, width_, p, sums);
+      }
+      for (int64_t t = 0; t < size; ++t) {
+        const T* grad = io_.grad + row_of(g, index(t)) * in_.value_dim;
+        A total = 0;
+        for (int64_t c = 0; c < in_.value_dim; ++c) total += static_cast<A>(grad[c]) * sums[c * kTokens + t];
+        pulls[index(t)] = total;
+      }
+    });
+    return pulls;
   }
 
   // All rows index(t) with all keys key(i): queries and keys in turn are split over threads, so that each gradient has
@@ -410,7 +453,8 @@ class BackwardProblem {
         io_(other.io_),
         rows_(other.rows_),
         width_(other.width_),
-        heavy_(other.side_, 0, [](int64_t i) { return i; }) {
+        heavy_(other.side_, 0, [](int64_t i) { return i; }),
+        unrounded_(other.unrounded_) {
     io_.dk = dk, io_.dv = dv, io_.dbias = dbias;
   }
 
@@ -419,6 +463,8 @@ class BackwardProblem {
   Backward<T> io_;
   int64_t rows_, width_;
   GatheredKeys<T> heavy_;
+  // do.o of exact rows of the head under way, where the result was rounded to a short type.
+  const A* unrounded_ = nullptr;
 };
 
 }  // namespace CPU_CAPABILITY

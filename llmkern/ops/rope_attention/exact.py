@@ -12,8 +12,11 @@ from torch.autograd.function import once_differentiable
 from llmkern._library import cpu_build
 from llmkern.ops.rope_attention.arguments import Arguments
 
+# Modules whose tiles keep pace with torch's kernel. They round logits as it does, by fused multiplications and
+# additions: shares of others do not add up to one under a normaliser of theirs.
+TILED_ISAS = ("avx2", "avx512")
 # Rows of a block where a mask over keys meets a causal one and tiles are not at hand.
-ROWS = 1024
+ROWS = 512
 # Up to this mean head size tiles outrun torch's kernel without a causal mask; under one, which torch's does not profit
 # much from, at all sizes. Both from this many products on; below, the call itself is what takes time.
 SMALL_HEAD, MANY_PRODUCTS = 12, 1.5e7
@@ -46,7 +49,7 @@ class _TiledAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *rest, out, normalizer = ctx.saved_tensors
         plain = all(x is None for x in rest) and q.shape[:2] == k.shape[:2] and q.shape[3] == v.shape[3]
-        if plain and q.shape[3] > SMALL_HEAD_BACKWARD and q.numel() and k.numel():
+        if plain and cpu_build.isa in TILED_ISAS and q.shape[3] > SMALL_HEAD_BACKWARD and q.numel() and k.numel():
             grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 grad, q, k, v, out, normalizer, 0.0, ctx.is_causal, scale=ctx.scale
             )
@@ -59,7 +62,7 @@ class _TiledAttention(torch.autograd.Function):
 
 def tiles_win(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> bool:
     """Whether tiles are faster than torch's kernel: from shapes alone."""
-    if q.device.type != "cpu" or q.dtype == torch.float64 or cpu_build.isa not in ("avx2", "avx512"):
+    if q.device.type != "cpu" or q.dtype == torch.float64 or cpu_build.isa not in TILED_ISAS:
         return False
     size = q.shape[3] + v.shape[3]
     if torch.compiler.is_compiling() or q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * size < MANY_PRODUCTS:

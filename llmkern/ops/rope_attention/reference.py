@@ -179,7 +179,7 @@ def rope_attention_reference(
     dtype, heads = compute_dtype(q.dtype), q.shape[1]
     group = heads // k.shape[1]
     tables = monomials(q.shape[3], degree, leading)
-    out = q.new_zeros((*q.shape[:3], v.shape[3]))
+    out = v.new_zeros((*q.shape[:3], v.shape[3]))
     normalizer = torch.zeros(q.shape[:3], dtype=dtype, device=q.device)
     exact_rows = torch.zeros(q.shape[:3], dtype=torch.bool, device=q.device)
     state = torch.zeros((table.shape[0], k.shape[1], tables.count + 1, v.shape[3] + 1), dtype=dtype, device=q.device)
@@ -204,11 +204,11 @@ def rope_attention_reference(
                 scores = qh @ kh.t() if bias is None else qh @ kh.t() + bias.to(dtype)
                 scores = torch.where(visible, scores, torch.full_like(scores, -torch.inf))
                 lse = scores.logsumexp(-1) if len(kh) else scores.new_full((len(qh),), -torch.inf)
-                softmax = torch.where((lse == -torch.inf).unsqueeze(-1), 0.0, (scores - lse.unsqueeze(-1)).exp())
+                softmax = torch.where((lse == -torch.inf).unsqueeze(-1), 0.0, scores.softmax(-1))
                 z = torch.where(good, pairs.z, torch.ones_like(pairs.z))
                 share = torch.where(good.unsqueeze(-1), pairs.a / z.unsqueeze(-1), softmax)
                 span = slice(segment.q0 + rows.start, segment.q0 + rows.stop)
-                out[segment.batch, h, span] = (share @ vh).to(q.dtype)
+                out[segment.batch, h, span] = (share @ vh).to(v.dtype)
                 normalizer[segment.batch, h, span] = torch.where(good, pairs.z, lse)
                 exact_rows[segment.batch, h, span] = ~good
     return out, normalizer, exact_rows, state
@@ -268,11 +268,12 @@ def rope_attention_backward_reference(
                 pairs = polynomial_pairs(qh, kh, w, row, contact, leading, visible, exact)
                 scores = qh @ kh.t() if bias is None else qh @ kh.t() + bias.to(dtype)
                 scores = torch.where(visible, scores, torch.full_like(scores, -torch.inf))
-                softmax = torch.where(z == -torch.inf, 0.0, (scores - z).exp())
+                softmax = torch.where(z == -torch.inf, 0.0, scores.softmax(-1))
                 share = torch.where(good, pairs.a / z, softmax)
                 slope = torch.where(good, pairs.da / z, softmax)
-                slack = (g * out[segment.batch, h, span].to(dtype)).sum(-1, keepdim=True)
-                pull = g @ vh.t() - slack
+                pull = g @ vh.t()
+                # do.o of the result before it was rounded: of a row that looks at one key that is most of the gradient.
+                pull = pull - (share * pull).sum(-1, keepdim=True)
                 ds = slope * pull
                 dq[segment.batch, h, span] = ds @ kh
                 dk[head][keys] += ds.t() @ qh
