@@ -14,6 +14,9 @@
 //
 // An entry of a product is a sum over slices of kSlice, each summed in the order of k, whatever the block, the panel or
 // the thread that it falls to.
+//
+// Operands are packed in the type of computation, or as bf16 on CPUs that multiply bf16 pairs at twice the rate: there
+// the steps 2k and 2k + 1 of a panel's column lie side by side.
 #pragma once
 
 #include "common.h"
@@ -51,12 +54,32 @@ inline int64_t count_panels(int64_t n) {
 
 // The left factor: entry (r, k) lies at data[r * row + k / kTileColumns * chunk + k % kTileColumns]. Row-major buffers
 // have chunk = kTileColumns; panels of a former product serve as a left factor by their own chunk.
-template <typename A>
+template <typename P>
 struct Left {
-  const A* data;
+  const P* data;
   int64_t row;
-  int64_t chunk = kTileColumns<A>;
+  int64_t chunk = kTileColumns<Acc<P>>;
 };
+
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr bool kHasBf16Tile = true;
+inline bool multiplies_bf16() {
+  static const bool supported = __builtin_cpu_supports("avx512bf16");
+  return supported;
+}
+#else
+constexpr bool kHasBf16Tile = false;
+inline bool multiplies_bf16() { return false; }
+#endif
+
+// Calls body.operator()<P>(), P the type of packed operands for rows of type T.
+template <typename T, typename Body>
+inline void with_operands(bool bf16, Body body) {
+  if constexpr (kHasBf16Tile && !std::is_same_v<T, double>) {
+    if (bf16 && multiplies_bf16()) return body.template operator()<c10::BFloat16>();
+  }
+  body.template operator()<Acc<T>>();
+}
 
 // Distance of widened rows: off the powers of two, whose lines would share a set of the cache.
 template <typename A>
@@ -92,12 +115,45 @@ inline void tile_product(const A* a, int64_t row, int64_t chunk, const A* b, int
   }
 }
 
+#if defined(CPU_CAPABILITY_AVX512)
+[[gnu::target("avx512bf16")]] inline void tile_product(const c10::BFloat16* a, int64_t row, int64_t chunk,
+                                                       const c10::BFloat16* b, int64_t depth, float* c, bool add) {
+  constexpr int kColumns = kTileColumns<float>, kWidth = kLanes<float>;
+  __m512 acc[kTileRows][2];
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileRows; ++r) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
+  for (; depth > 0; depth -= kColumns, a += chunk) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kColumns; k += 2, b += 2 * kColumns) {
+      const auto b0 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b));
+      const auto b1 = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + 2 * kWidth));
+#pragma GCC unroll 16
+      for (int r = 0; r < kTileRows; ++r) {
+        int pair;
+        std::memcpy(&pair, a + r * row + k, sizeof(pair));
+        const auto x = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+        acc[r][0] = _mm512_dpbf16_ps(acc[r][0], x, b0);
+        acc[r][1] = _mm512_dpbf16_ps(acc[r][1], x, b1);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kTileRows; ++r) {
+    float* to = c + r * kColumns;
+    _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), acc[r][0]) : acc[r][0]);
+    _mm512_storeu_ps(to + kWidth, add ? _mm512_add_ps(_mm512_loadu_ps(to + kWidth), acc[r][1]) : acc[r][1]);
+  }
+}
+#endif
+
 // c (rows x kTileColumns) = left times one panel (or +=, with add); rows a multiple of kTileRows.
-template <typename A>
-inline void panel_product(const Left<A>& left, int64_t rows, const A* panel, int64_t depth, A* c, bool add = false) {
+template <typename P>
+inline void panel_product(const Left<P>& left, int64_t rows, const P* panel, int64_t depth, Acc<P>* c,
+                          bool add = false) {
+  using A = Acc<P>;
   for (int64_t k = 0; k < depth || (k == 0 && !add); k += kSlice) {
     const int64_t steps = std::min(kSlice, depth - k);
-    const A* a = left.data + k / kTileColumns<A> * left.chunk;
+    const P* a = left.data + k / kTileColumns<A> * left.chunk;
     for (int64_t r = 0; r < rows; r += kTileRows)
       tile_product(a + r * left.row, left.row, left.chunk, panel + k * kTileColumns<A>, steps, c + r * kTileColumns<A>,
                    add || k > 0);
@@ -148,17 +204,22 @@ inline Lanes<Acc<T>> widened(const Rows<T>& x, const T* p, Part lanes) {
 }
 
 // Rows [first, first + count) to `to`, (padded_rows(count), stride), with zeros around them.
-template <typename T>
-inline void widen_rows(const Rows<T>& x, int64_t first, int64_t count, int64_t stride, Acc<T>* to) {
+template <typename T, typename P>
+inline void widen_rows(const Rows<T>& x, int64_t first, int64_t count, int64_t stride, P* to) {
   using A = Acc<T>;
   for (int64_t r = 0; r < count; ++r, to += stride) {
     const T* row = x(first + r);
-    for_lanes<A>(0, x.width, [&](int64_t k, auto lanes) { store(to + k, widened(x, row + k, lanes), All{}); });
-    std::fill(to + padded_depth<A>(x.width), to + stride, A(0));
-    // The partial register above wrote zeros up to its end; the second register of the last step may be left.
-    for (int64_t k = (x.width + kLanes<A> - 1) / kLanes<A> * kLanes<A>; k < padded_depth<A>(x.width); ++k) to[k] = 0;
+    for_lanes<A>(0, x.width, [&](int64_t k, auto lanes) {
+      if constexpr (std::is_same_v<P, A>) {
+        store(to + k, widened(x, row + k, lanes), All{});
+      } else {
+        store(to + k, load(row + k, lanes), All{});
+      }
+    });
+    // The partial register above wrote zeros up to its end.
+    std::fill(to + (x.width + kLanes<A> - 1) / kLanes<A> * kLanes<A>, to + stride, P(0));
   }
-  std::fill(to, to + (padded_rows(count) - count) * stride, A(0));
+  std::fill(to, to + (padded_rows(count) - count) * stride, P(0));
 }
 
 // Columns [first, first + count) of rows [k0, k0 + depth), transposed: to (padded_rows(count), stride), so that rows of
@@ -238,6 +299,27 @@ class PerThread {
   int64_t n_;
   at::Tensor buffer_;
 };
+
+// A panel of operands of type P: pack(A* panel) writes one of the type of computation, there or to be narrowed.
+template <typename P, typename Pack>
+inline void pack_panel(const PerThread<Acc<P>>& wide, int64_t depth, P* to, Pack pack) {
+  using A = Acc<P>;
+  if constexpr (std::is_same_v<P, A>) {
+    pack(to);
+  } else {
+    A* panel = wide.get();
+    pack(panel);
+    for (int64_t k = 0; k < depth; k += 2, panel += 2 * kTileColumns<A>, to += 2 * kTileColumns<A>)
+      for (int c = 0; c < kTileColumns<A>; c += kLanes<A>)
+        store_couple<P>(to + 2 * c, {load(panel + c, All{}), load(panel + kTileColumns<A> + c, All{})}, All{});
+  }
+}
+
+// What pack_panel needs for each thread.
+template <typename P>
+inline PerThread<Acc<P>> wide_panels(int64_t depth) {
+  return PerThread<Acc<P>>(std::is_same_v<P, Acc<P>> ? 0 : depth * kTileColumns<Acc<P>>);
+}
 
 }  // namespace CPU_CAPABILITY
 }  // namespace llmkern

@@ -27,43 +27,52 @@ struct PairTile {
 };
 
 // Panels of right rows, packed by all threads.
-template <typename T>
-void pack_right(const Rows<T>& right, int64_t first, int64_t count, Acc<T>* to) {
+template <typename T, typename P>
+void pack_right(const Rows<T>& right, int64_t first, int64_t count, P* to) {
   using A = Acc<T>;
-  const int64_t size = padded_depth<A>(right.width) * kTileColumns<A>;
+  const int64_t depth = padded_depth<A>(right.width);
+  const auto wide = wide_panels<P>(depth);
   at::parallel_for(0, count_panels<A>(count), 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p)
-      pack_rows_as_columns(right, first + p * kTileColumns<A>, count - p * kTileColumns<A>, to + p * size);
+      pack_panel(wide, depth, to + p * depth * kTileColumns<A>, [&](A* panel) {
+        pack_rows_as_columns(right, first + p * kTileColumns<A>, count - p * kTileColumns<A>, panel);
+      });
   });
 }
 
-// Calls reduce(tile) for all tiles, by any thread but for the tiles of one left block in order, and after each block of
-// right rows, alone, joined(first right row, count).
-template <typename T, typename Reduce, typename Joined>
-void for_pairs(const Rows<T>& left, int64_t n, const Rows<T>& right, int64_t m, Reduce reduce, Joined joined) {
+template <typename P, typename T, typename Reduce, typename Joined>
+void for_packed_pairs(const Rows<T>& left, int64_t n, const Rows<T>& right, int64_t m, Reduce reduce, Joined joined) {
   using A = Acc<T>;
   const int64_t depth = padded_depth<A>(left.width), stride = left_stride<A>(left.width);
   const int64_t at_once = std::min(kRightRows, count_panels<A>(m) * kTileColumns<A>);
-  const at::Tensor panels = at::empty({at_once * depth}, c10::CppTypeToScalarType<A>::value);
-  const PerThread<A> scratch(kBlockRows * (stride + kTileColumns<A>));
+  const at::Tensor panels = at::empty({at_once * depth}, c10::CppTypeToScalarType<P>::value);
+  const PerThread<P> blocks(kBlockRows * stride);
+  const PerThread<A> tiles(kBlockRows * kTileColumns<A>);
   for (int64_t column = 0; column < m; column += at_once) {
     const int64_t columns = std::min(at_once, m - column);
-    A* packed = panels.mutable_data_ptr<A>();
+    P* packed = panels.mutable_data_ptr<P>();
     pack_right(right, column, columns, packed);
     at::parallel_for(0, count_blocks(n), 1, [&](int64_t first_block, int64_t last_block) {
-      A* a = scratch.get();
-      A* c = a + kBlockRows * stride;
+      P* a = blocks.get();
+      A* c = tiles.get();
       for (int64_t block = first_block; block < last_block; ++block) {
         const int64_t row = block * kBlockRows, rows = std::min<int64_t>(kBlockRows, n - row);
         widen_rows(left, row, rows, stride, a);
         for (int64_t j = 0; j < columns; j += kTileColumns<A>) {
-          panel_product(Left<A>{a, stride}, padded_rows(rows), packed + j * depth, depth, c);
+          panel_product(Left<P>{a, stride}, padded_rows(rows), packed + j * depth, depth, c);
           reduce(PairTile<A>{c, row, rows, column + j, std::min<int64_t>(kTileColumns<A>, columns - j), block});
         }
       }
     });
     joined(column, columns);
   }
+}
+
+// Calls reduce(tile) for all tiles, by any thread but for the tiles of one left block in order, and after each block of
+// right rows, alone, joined(first right row, count).
+template <typename T, typename Reduce, typename Joined>
+void for_pairs(const Rows<T>& left, int64_t n, const Rows<T>& right, int64_t m, Reduce reduce, Joined joined) {
+  with_operands<T>(left.bf16, [&]<typename P>() { for_packed_pairs<P>(left, n, right, m, reduce, joined); });
 }
 
 template <typename T, typename Reduce>

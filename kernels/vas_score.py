@@ -15,6 +15,7 @@ from llmkern.ops.vas_score.moment import second_moment_sum_reference as second_m
 from llmkern.ops.vas_score.score import gram_reference as gram  # noqa: F401
 from llmkern.ops.vas_score.score import vas_score_backward_reference as vas_score_bwd  # noqa: F401
 from llmkern.ops.vas_score.score import vas_score_reference
+from llmkern.ops.vas_score.screen import vas_screen_reference as vas_screen  # noqa: F401
 
 
 @triton.jit

@@ -240,6 +240,28 @@ def test_mapped_files_and_zero_rows(tmp_path: Path) -> None:
     assert torch.equal(llmkern.norm_sim(mapped[0], mapped[1]), llmkern.norm_sim(image, text))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("d", [1, 40, 430])
+def test_bf16_multiplies_rounded_operands(dtype: torch.dtype, d: int, device: str) -> None:
+    image, text = pairs(1100, d, dtype, device)
+    f, g = image.bfloat16(), text.bfloat16()
+
+    def near(x: Tensor, target: Tensor, **options: str) -> Tensor:
+        return llmkern.norm_sim(x[:300], target, **options)
+
+    def negatives(image: Tensor, text: Tensor, **options: str) -> Tensor:
+        return llmkern.neg_clip_loss(image, text, temperature=0.05, batch_size=600, num_partitions=1, **options)
+
+    for name, score in (("norm_sim", near), ("neg_clip_loss", negatives)):
+        # The score of the pair itself is taken from the rows as they are.
+        own = (image.double() * text.double()).sum(1) - (f.double() * g.double()).sum(1) if score is negatives else 0
+        ours = score(image, text, precision="bf16").double() - own
+        # Factor 4 as for the definition above.
+        assert_close(name, ours, score(f.double(), g.double()), score(f.float(), g.float()), torch.float32, 4.0)
+    if dtype == torch.float32 and d > 1:
+        assert not torch.equal(near(image, text, precision="bf16"), near(image, text))
+
+
 # clip_loss ------------------------------------------------------------------------------------------------------------
 
 

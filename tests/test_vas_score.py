@@ -10,10 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import assert_close
 from torch import Tensor
 
 import llmkern
 from llmkern.ops.vas_score.moment import second_moment_sum_reference
+from llmkern.ops.vas_score.screen import vas_screen_reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -181,15 +183,39 @@ def test_zero_rows_score_zero_and_bad_ones_touch_no_other(device: str) -> None:
     assert torch.equal(scores[others], clean[others])
 
 
-def test_bf16_is_the_score_of_rounded_operands(device: str) -> None:
-    x, sigma = torch.randn(40, 33, device=device), torch.randn(33, 33, device=device)
-    ours = llmkern.vas_score(x, sigma, precision="bf16")
-    rounded, matrix = x.bfloat16(), sigma.bfloat16()
-    truth = llmkern.vas_score(rounded.double(), matrix.double())
-    base = llmkern.vas_score(rounded, matrix.float())
-    limit = 2 * (base - truth).abs().max() + 4 * torch.finfo(torch.float32).eps * truth.abs().max()
-    assert float((ours - truth).abs().max()) <= float(limit)
-    assert not torch.equal(ours, llmkern.vas_score(x, sigma))
+@pytest.mark.parametrize("form", ["any", "symmetric", "cross"])
+@pytest.mark.parametrize("d", [1, 33, 400])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bf16_is_the_score_of_rounded_operands(form: str, d: int, dtype: torch.dtype, device: str) -> None:
+    """A matrix that is not symmetric cannot be folded in bf16; the cross form is not folded at all."""
+    x, y = torch.randn(2, 90, d, device=device).to(dtype)
+    sigma = torch.randn(d, d, device=device)
+    sigma = sigma + sigma.t() if form == "symmetric" else sigma
+    partner = y if form == "cross" else None
+    ours = llmkern.vas_score(x, sigma, partner, precision="bf16")
+    matrix, rounded = sigma.bfloat16(), x.bfloat16()
+    other = None if partner is None else partner.bfloat16()
+    truth = llmkern.vas_score(rounded.double(), matrix.double(), None if other is None else other.double())
+    base = llmkern.vas_score(rounded, matrix.float(), other)
+    assert_close("score", ours, truth, base, torch.float32, 2.0)
+    if dtype == torch.float32:
+        assert not torch.equal(ours, llmkern.vas_score(x, sigma, partner))
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("cross", [False, True])
+def test_bf16_scores_are_the_same_in_any_batch_and_spare_bad_rows(cross: bool) -> None:
+    x, sigma = torch.randn(500, 70), torch.randn(70, 70)
+    sigma += sigma.t().clone()
+
+    def scores(x: Tensor) -> Tensor:
+        return llmkern.vas_score(x, sigma, x if cross else None, precision="bf16")
+
+    clean = scores(x)
+    assert torch.equal(torch.cat([scores(part) for part in x.split([1, 99, 250, 150])]), clean)
+    x[3], x[5, 2], x[6, 8] = 0, math.nan, math.inf
+    assert scores(x).isfinite().tolist() == [i not in (5, 6) for i in range(500)]
+    assert torch.equal(scores(x)[7:], clean[7:])
 
 
 def test_scores_refuse() -> None:
@@ -235,6 +261,24 @@ def test_top_is_that_of_the_full_scores(screen: str, dtype: torch.dtype, count: 
     x[500:520] = x[3]
     top = llmkern.vas_top(x, sigma, count, screen=screen, rank=12)
     assert top.indices.tolist() == top_by_full_scores(x, sigma, count)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("rank", [1, 32, 40])
+def test_bounds_hold_and_are_those_of_the_reference(dtype: torch.dtype, rank: int, device: str) -> None:
+    x, sigma = (t.to(device) for t in falling_spectrum(200, 60, dtype))
+    values, vectors = torch.linalg.eigh(sigma.double())
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    basis, weights = vectors[:, -rank:].to(compute), (values[-rank:] - 0.5 * values[-rank - 1]).to(compute)
+    half = 0.5 * float(values[-rank - 1])
+
+    def bounds(dtype: torch.dtype) -> Tensor:
+        return vas_screen_reference(x.to(dtype), basis.to(dtype), weights.to(dtype), half, half, 1e-3)
+
+    ours = torch.ops.llmkern.vas_screen(x, basis, weights, half, half, 1e-3)
+    assert_close("bounds", ours, bounds(torch.float64), bounds(compute), compute, 2.0)
+    exact = llmkern.vas_score(x.double(), sigma.double())
+    assert bool(((ours[0] <= exact) & (exact <= ours[1])).all())
 
 
 def test_screening_spares_work() -> None:

@@ -18,11 +18,37 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llmkern._library import bad_value
+from llmkern._library import bad_value, define_op
 from llmkern.ops.embeddings import Embeddings, check_embeddings, compute_dtype, row_blocks, widen
 from llmkern.ops.vas_score.score import vas_score
 
 SCREENS = ("low_rank", "bf16")
+# Rows of an exact score at once: their copy is of this many numbers.
+RESCORED_AT_ONCE = 2**24
+
+
+def vas_screen_reference(x: Tensor, basis: Tensor, weights: Tensor, middle: float, half: float, slack: float) -> Tensor:
+    """Lower and upper bounds (2, N) in float64: middle |x|^2 + sum_k weights_k (basis_k . x)^2 -+ error, with error =
+    half (|x|^2 - sum_k (basis_k . x)^2) + slack |x|^2.
+    """
+    bounds = x.new_empty((2, len(x)), dtype=torch.float64)
+    for block in row_blocks(*x.shape):
+        f = widen(x[block])
+        squares = (f @ basis).square_()
+        size = torch.linalg.vector_norm(f, dim=1).double().square()
+        score = middle * size + (squares @ weights).double()
+        error = half * (size - squares.sum(1).double()).clamp(min=0) + slack * size
+        bounds[0, block], bounds[1, block] = score - error, score + error
+    return bounds
+
+
+define_op(
+    "vas_screen",
+    "(Tensor x, Tensor basis, Tensor weights, float middle, float half, float slack) -> Tensor",
+    stem="vas_score",
+    reference=vas_screen_reference,
+    fake=lambda x, basis, weights, middle, half, slack: x.new_empty((2, x.shape[0]), dtype=torch.float64),
+)
 
 
 class Selection(NamedTuple):
@@ -43,7 +69,7 @@ def vas_top(x: Embeddings, sigma: Tensor, count: int, *, screen: str = "low_rank
         sigma: (d, d).
         count: rows to select, between 0 and N.
         screen: ``"low_rank"``: ``rank`` eigenvectors, 2 N d rank flops in place of N d^2, for spectra that fall;
-            ``"bf16"``: the full form in bf16, for GPUs.
+            ``"bf16"``: the full form in bf16, for GPUs and CPUs that multiply bf16.
         rank: eigenvectors kept.
 
     Returns:
@@ -72,18 +98,19 @@ def vas_top(x: Embeddings, sigma: Tensor, count: int, *, screen: str = "low_rank
     if count in (0, n):
         return Selection(everyone[:count], 0)
     # At least count rows reach the one, and at most count rows can be above the other.
-    floor = lower.topk(count).values[-1]
-    ceiling = upper.topk(count + 1).values[-1]
+    floor = lower.kthvalue(n - count + 1).values
+    ceiling = upper.kthvalue(n - count).values
     sure = lower > ceiling
     # Equal bounds prove nothing of the order, so they stay open.
     opened = everyone[~sure & (upper >= floor)]
-    scores = torch.cat([vas_score(x[part], sigma) for part in opened.split(8192)]) if len(opened) else lower[:0]
+    parts = [vas_score(x[part], sigma) for part in opened.split(max(1, RESCORED_AT_ONCE // d))]
+    scores = torch.cat(parts) if len(opened) else lower[:0]
     wanted = count - int(sure.sum())
     best = scores.argsort(descending=True, stable=True)[:wanted]
     return Selection(torch.cat([everyone[sure], opened[best]]).sort().values, len(opened))
 
 
-def _low_rank_bounds(x: Tensor, sigma: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _low_rank_bounds(x: Tensor, sigma: Tensor, rank: int) -> tuple[Tensor, ...]:
     """Lower and upper bound of each score, in float64."""
     symmetric = 0.5 * (sigma.double() + sigma.double().t())
     values, vectors = torch.linalg.eigh(symmetric)
@@ -101,17 +128,8 @@ def _low_rank_bounds(x: Tensor, sigma: Tensor, rank: int) -> tuple[Tensor, Tenso
     rounding = _rounding(x.shape[1] + rank, compute, sigma) + _rounding(
         4 * (x.shape[1] + rank), compute, weights.double() * rank**0.5
     )
-    lower, upper = [], []
-    for block in row_blocks(*x.shape):
-        f = widen(x[block])
-        squares = (f @ basis).square_()
-        size = torch.linalg.vector_norm(f, dim=1).double().square()
-        score = middle * size + (squares @ weights).double()
-        rest = (size - squares.sum(1).double()).clamp(min=0)
-        error = half * rest + (rounding + 4 * (x.shape[1] + rank) * half * _unit(compute)) * size
-        lower.append(score - error)
-        upper.append(score + error)
-    return _joined(lower, x), _joined(upper, x)
+    slack = rounding + 4 * (x.shape[1] + rank) * float(half) * _unit(compute)
+    return torch.ops.llmkern.vas_screen(x, basis, weights, float(middle), float(half), slack).unbind()
 
 
 def _bf16_bounds(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
