@@ -57,7 +57,7 @@ def stored(folder: Path, stage: str) -> dict:
 
 def test_report_stands_alone(finished):
     page = (finished / "report" / "index.html").read_text()
-    assert page.count("<svg") == page.count("</svg>") == 5
+    assert page.count("<svg") == page.count("</svg>") == 6
     assert not re.search(r"https?:|<script|<link|src=", page)
     for row in (
         "base model",
@@ -84,7 +84,9 @@ def test_nothing_half_written_remains(finished):
         "selection.functions",
         *(f"selection.{name}.{seed}" for name in ("code", "digits") for seed in range(2)),
     }
-    assert names == {"corpus", "base", "scale", "policy.comments", "policy.calls", *rows, *rope, *selection}
+    shared = ("original", "original--SFT-of-as-many-factors", "direct-sharing", "SLW", "SFT", "SLW---SFT")
+    sharp = {f"sharp.{row}.0" for row in shared}
+    assert names == {"corpus", "base", "scale", "policy.comments", "policy.calls", *rows, *rope, *sharp, *selection}
 
 
 def test_second_run_makes_nothing_again(finished, monkeypatch, capsys):
@@ -99,7 +101,7 @@ def test_second_run_makes_nothing_again(finished, monkeypatch, capsys):
     assert main(arguments(finished)) == 0
     again = re.findall(r"<table>.*?</table>", (finished / "report" / "index.html").read_text(), re.DOTALL)
     # The fourth is the table of speeds, which are measured each time.
-    assert len(first) == 7
+    assert len(first) == 8
     assert [*again[:3], *again[4:]] == [*first[:3], *first[4:]]
 
 

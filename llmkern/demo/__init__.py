@@ -15,7 +15,7 @@ from typing import Any
 
 from llmkern._library import bad_value
 
-SECTIONS = ("llmkern.demo.mod", "llmkern.demo.rope", "llmkern.demo.data_selection")
+SECTIONS = ("llmkern.demo.mod", "llmkern.demo.rope", "llmkern.demo.sharp", "llmkern.demo.data_selection")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -81,6 +81,19 @@ class RopeSettings:
 
 
 @dataclass(frozen=True)
+class SharpSettings:
+    """Shared MLPs: how many layers give theirs up, steps of warmup a layer, steps of fine-tuning."""
+
+    replace: int = 1
+    warm_steps: int = 200
+    tune_steps: int = 60
+    batch: int = 8
+    learning_rate: float = 2e-3
+    teacher_windows: int = 96
+    test_windows: int = 48
+
+
+@dataclass(frozen=True)
 class SelectionSettings:
     """Data selection: sizes of the pools, and the training of teachers and students."""
 
@@ -100,6 +113,7 @@ class Settings:
     sweep: SweepSettings = field(default_factory=SweepSettings)
     speed: SpeedSettings = field(default_factory=SpeedSettings)
     rope: RopeSettings = field(default_factory=RopeSettings)
+    sharp: SharpSettings = field(default_factory=SharpSettings)
     selection: SelectionSettings = field(default_factory=SelectionSettings)
     checkpoint_seconds: float = 10.0
 
@@ -109,12 +123,13 @@ FULL = Settings()
 FAST = Settings(
     CorpusSettings(max_bytes=400_000, vocabulary=320, tokenizer_bytes=100_000),
     BaseSettings(
-        hidden=32, layers=2, heads=2, mlp=64, context=64, batch=4, steps=24, evaluate_every=8, evaluation_windows=4
+        hidden=32, layers=4, heads=2, mlp=64, context=64, batch=4, steps=24, evaluate_every=8, evaluation_windows=4
     ),
     PolicySettings(prompt=16, length=12, prompts=4, samples=4, steps=3, learning_rate=3e-3, scale_sequences=32),
     SweepSettings(seeds=3, prompts=4),
     SpeedSettings(batch=2, length=6, repeats=3, vocabulary=2000, micro_batch=2, micro_repeats=3),
     RopeSettings(bounds=(1.0,), steps=4, quality_length=301, lengths=(1024, 4096)),
+    SharpSettings(warm_steps=4, tune_steps=3, batch=2, teacher_windows=20, test_windows=4),
     SelectionSettings(functions=300, held_out=60, digits=300, seeds=2, steps=3, batch=64),
     checkpoint_seconds=0.0,
 )

@@ -20,7 +20,7 @@ from llmkern.papers.sharp.convert import convert, mlp_parameters, parameters, tw
 from llmkern.papers.sharp.evaluate import mean_loss
 from llmkern.papers.sharp.finetune import finetune
 from llmkern.papers.sharp.groups import Groups, choose_groups, mlp_distances
-from llmkern.papers.sharp.study.settings import BOTH, ROWS, Row, StudySettings
+from llmkern.papers.sharp.study.settings import Row, StudySettings
 from llmkern.papers.sharp.text import Example
 from llmkern.papers.sharp.warmup import TeacherCache, warm_up
 
@@ -101,7 +101,7 @@ def make_row(seed: Seed, row: Row, show: Show = lambda done, note: None) -> dict
             **curves,
         }
 
-    return seed.cache.remember(f"row.{_file_name(row.name)}.{seed.number}", key, make)
+    return seed.cache.remember(f"sharp.{_file_name(row.name)}.{seed.number}", key, make)
 
 
 def row_key(seed: Seed, row: Row) -> str:
@@ -130,7 +130,7 @@ def shared_model(seed: Seed, row: Row) -> Any:
 
 def teacher_of(seed: Seed, layers: Any) -> TeacherCache:
     ids = seed.windows(seed.settings.teacher_windows, 3, seed.settings.base.context)
-    return TeacherCache(seed.cache.folder / "teachers", seed.model, ids, layers)
+    return TeacherCache(seed.cache.folder, seed.model, ids, layers)
 
 
 def _shared(seed: Seed, row: Row, key: str, show: Show) -> tuple[Any, dict[str, Any], int]:
@@ -167,8 +167,7 @@ def _tune(seed: Seed, model: Any, key: str, show: Show, steps: int | None = None
 def _original(seed: Seed, row: Row, key: str, show: Show) -> tuple[Any, dict[str, Any], int]:
     if not row.tune:
         return seed.model, {}, 0
-    shared = shared_model(seed, next(other for other in ROWS if other.name == BOTH))
-    ranks = shared.sharing.ranks
+    ranks = shared_model(seed, row).sharing.ranks
     targets = {f"layers.{layer}.mlp.{name}": rank for layer, found in ranks.items() for name, rank in found.items()}
     model = _with_lora(seed, seed.model, targets)
     return model, {"tuning": _tune(seed, model, key, show)}, 0
@@ -176,7 +175,7 @@ def _original(seed: Seed, row: Row, key: str, show: Show) -> tuple[Any, dict[str
 
 def _dropped(seed: Seed, row: Row, key: str, show: Show) -> tuple[Any, dict[str, Any], int]:
     """Whole layers leave, those that turn their input the least, until what is stored is that of sharing."""
-    target = parameters(shared_model(seed, next(other for other in ROWS if other.name == BOTH)))
+    target = parameters(shared_model(seed, row))
     model = twin(seed.model)
     layers = model.model.layers
     per_layer = sum(p.numel() for p in layers[0].parameters())
@@ -198,7 +197,7 @@ def _dropped(seed: Seed, row: Row, key: str, show: Show) -> tuple[Any, dict[str,
 def _smaller(seed: Seed, row: Row, key: str, show: Show) -> tuple[Any, dict[str, Any], int]:
     """Narrower MLPs; trained on the tokens of the base model and of fine-tuning, in steps of the base model."""
     sizes = seed.settings
-    target = parameters(shared_model(seed, next(other for other in ROWS if other.name == BOTH)))
+    target = parameters(shared_model(seed, row))
     width = sizes.base.mlp - (parameters(seed.model) - target) // (3 * sizes.base.hidden * sizes.base.layers)
     more = sizes.tuning.steps * sizes.tuning.batch // sizes.base.batch
     training = replace(sizes.base, seed=seed.number, mlp=int(width), steps=sizes.base.steps + more)

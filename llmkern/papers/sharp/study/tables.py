@@ -93,7 +93,7 @@ def sentences(found: Found) -> list[str]:
     )
     if DIRECT in rows:
         worse = mean_and_half(perplexities(found, DIRECT))[0] / plain
-        said.append(f"Sharing alone multiplies it by {worse:.1f}.")
+        said.append(f"Sharing alone multiplies it by {worse:.2f}.")
     for name in ("SVD start", "SLW", "SFT", BOTH):
         if name in rows and DIRECT in rows:
             share = mean_and_half(closed(found, name))[0]
