@@ -66,15 +66,20 @@ class Monomials:
 
     def features(self, x: Tensor) -> Tensor:
         """(.., d) -> (.., R): every monomial, in the order of the rows; differentiable."""
-        panel = torch.ones_like(x[..., :1])
+        return self.rows(x.mT).mT
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The same with tokens last, (.., d, n) -> (.., R, n): one row a monomial."""
+        panel = torch.ones_like(x[..., :1, :])
         for begin, end in zip(self.levels[:-1], self.levels[1:]):
-            level = slice(begin, end)
-            panel = torch.cat([panel, panel[..., self.panel_parent[level]] * x[..., self.panel_dim[level]]], -1)
+            parent, dim = self.panel_parent[begin:end], self.panel_dim[begin:end]
+            level = x if begin == 1 else panel[..., parent, :] * x[..., dim, :]
+            panel = torch.cat([panel, level], -2)
         parts = [
-            panel[..., b.start : b.start + b.count] * (1 if b.dim < 0 else x[..., b.dim : b.dim + 1])
+            panel[..., b.start : b.start + b.count, :] * (1 if b.dim < 0 else x[..., b.dim : b.dim + 1, :])
             for b in self.blocks
         ]
-        return torch.cat(parts, -1)
+        return torch.cat(parts, -2)
 
     def coefficients(self, polynomial: Tensor) -> Tensor:
         """(.., g + 1) coefficients of p -> (.., R) those of the monomials in p(x.y)."""

@@ -20,10 +20,10 @@ ROWS = 512
 
 
 def relative_scores(
-    q: Tensor, k: Tensor, relative: Tensor, support: Tensor | None, scale: float, first: int = 0
+    q: Tensor, k: Tensor, relative: Tensor, support: Tensor | None, scale: float, positions: Tensor | None = None
 ) -> Tensor:
-    """(B, H, n, M) scores of n queries from number ``first`` on; k (B, H, M, D). Differentiable."""
-    places = _places(q.shape[2], k.shape[2], first, relative)
+    """(B, H, n, M) scores of n queries at ``positions``, by default 0, 1, ..; k (B, H, M, D). Differentiable."""
+    places = _places(torch.arange(q.shape[2], device=q.device) if positions is None else positions, k, relative)
     if support is None:
         return scale * (q @ k.mT) + relative[:, 0, places]
     total = q.new_zeros((*q.shape[:3], k.shape[2]))
@@ -32,10 +32,8 @@ def relative_scores(
     return total
 
 
-def _places(rows: int, keys: int, first: int, relative: Tensor) -> Tensor:
-    i = torch.arange(first, first + rows, device=relative.device)[:, None]
-    j = torch.arange(keys, device=relative.device)[None, :]
-    return i - j + (relative.shape[2] - 1) // 2
+def _places(positions: Tensor, k: Tensor, relative: Tensor) -> Tensor:
+    return positions[:, None] - torch.arange(k.shape[2], device=k.device) + (relative.shape[2] - 1) // 2
 
 
 def _blocks(
@@ -50,12 +48,12 @@ def _blocks(
     """Rows and their scores, -inf where a key is not seen."""
     for begin in range(0, q.shape[2], ROWS):
         rows = slice(begin, min(begin + ROWS, q.shape[2]))
-        s = relative_scores(q[:, :, rows], k, relative, support, scale, begin)
+        positions = torch.arange(rows.start, rows.stop, device=q.device)
+        s = relative_scores(q[:, :, rows], k, relative, support, scale, positions)
         if key_bias is not None:
             s = s + key_bias[:, None, None, :]
         if is_causal:
-            i = torch.arange(rows.start, rows.stop, device=q.device)[:, None]
-            s = s.masked_fill(torch.arange(k.shape[2], device=q.device) > i, -torch.inf)
+            s = s.masked_fill(torch.arange(k.shape[2], device=q.device) > positions[:, None], -torch.inf)
         yield rows, s
 
 
@@ -119,7 +117,7 @@ def toeplitz_exact_backward_reference(
         p, g = _shares(s, lse[:, :, rows].to(x)), upstream[:, :, rows]
         ds = p * (g @ values.mT - (g * result[:, :, rows]).sum(-1, keepdim=True))
         dv += p.mT @ g
-        places = _places(s.shape[2], s.shape[3], rows.start, symbols)
+        places = _places(torch.arange(rows.start, rows.stop, device=q.device), k, symbols)
         xr = scale * x[:, :, rows]
         if support is None:
             dq[:, :, rows] = scale * (ds @ y)
