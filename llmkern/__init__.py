@@ -8,7 +8,13 @@ from llmkern.ops.pairwise_scores import clip_loss, neg_clip_loss, norm_sim
 from llmkern.ops.rope_attention import AttentionPlan, RopeAttentionState, Rotary, plan_attention, rope_attention
 from llmkern.ops.sample_mixed import sample_mixed
 from llmkern.ops.shared_lora_mlp import MlpLora, MlpWeights, PackedMlp, pack_mlp, shared_lora_mlp
-from llmkern.ops.toeplitz_attention import RelativeBias, RelativeMatrix, toeplitz_attention
+from llmkern.ops.toeplitz_attention import (
+    RelativeBias,
+    RelativeMatrix,
+    ToeplitzPlan,
+    plan_toeplitz_attention,
+    toeplitz_attention,
+)
 from llmkern.ops.vas_score import SecondMoment, second_moment, vas_score, vas_top
 
 __version__ = "0.1.0"
@@ -24,6 +30,8 @@ __all__ = [
     "pack_mlp",
     "PackedMlp",
     "toeplitz_attention",
+    "plan_toeplitz_attention",
+    "ToeplitzPlan",
     "RelativeBias",
     "RelativeMatrix",
     "mix_logits",

@@ -143,7 +143,7 @@ REFUSALS = [
     ((X, X, X), {"relative": RelativeBias(BAD)}, "expected a finite table, got NaN or infinity; mask keys"),
     ((X, X, X), {"relative": RelativeMatrix(torch.zeros(2, 2, 9), PLACES)}, "support in 0 .. 3 (D = 4), got 0 .. 4"),
     ((X, X, X), {"rtol": 0.0}, "expected rtol above 0, got 0.0"),
-    ((X, X, X), {"method": "fast"}, "expected method as one of auto, exact"),
+    ((X, X, X), {"method": "fast"}, "expected method as one of auto, exact, blocks, fft"),
     ((X, X, X), {"key_mask": torch.zeros(2, 5)}, "expected key_mask of dtype bool"),
     ((X, X, X), {"key_mask": torch.zeros(5, 2).bool()}, "expected key_mask of shape (2, 5), (B, M), got (5, 2)"),
 ]  # fmt: skip

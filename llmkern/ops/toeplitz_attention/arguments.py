@@ -12,11 +12,12 @@ from llmkern.ops.rope_attention.arguments import check_tensors
 from llmkern.ops.rope_attention.reference import compute_dtype
 from llmkern.ops.toeplitz_attention.relative import Relative, RelativeBias, RelativeMatrix
 
-METHODS = ("auto", "exact")
+METHODS = ("auto", "exact", "blocks", "fft")
 
 
 class Arguments(NamedTuple):
-    """``relative`` (Hq, S, 2 L - 1), with ``support`` (S, 2) unless it is a bias; ``key_bias`` (B, M): 0 or -inf."""
+    """``relative`` (Hq, S, 2 L - 1), with ``support`` (S, 2) unless it is a bias; ``key_bias`` (B, M): 0 or -inf.
+    ``is_free``: its entries are themselves what is learned."""
 
     q: Tensor
     k: Tensor
@@ -26,6 +27,7 @@ class Arguments(NamedTuple):
     key_bias: Tensor | None
     is_causal: bool
     scale: float
+    is_free: bool = False
 
 
 def check_arguments(
@@ -55,7 +57,9 @@ def check_arguments(
         bias = torch.zeros(key_mask.shape, dtype=compute_dtype(q.dtype), device=q.device)
         bias = bias.masked_fill(~key_mask, -torch.inf)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    return Arguments(q, k, v, symbols, support, bias, is_causal, scale)
+    entries = relative.table if isinstance(relative, RelativeBias) else relative.matrix
+    is_free = entries.is_leaf and entries.requires_grad and torch.is_grad_enabled()
+    return Arguments(q, k, v, symbols, support, bias, is_causal, scale, is_free)
 
 
 def _check_relative(op: str, q: Tensor, k: Tensor, relative: Relative) -> tuple[Tensor, Tensor | None]:

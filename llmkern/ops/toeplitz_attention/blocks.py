@@ -43,9 +43,7 @@ class BlockProduct:
     ) -> Tensor:
         """(tokens, c + 1): N, and beside it its last column with the weights ``moments`` in place of the others."""
         states = self._couple(self._states(y, columns), symbols, transpose=False)
-        weighted = torch.cat(
-            [states * coefficients[:, None, None], states[..., -1:] * moments[:, None, None]], -1
-        )
+        weighted = torch.cat([states * coefficients[:, None, None], states[..., -1:] * moments[:, None, None]], -1)
         return self._read(x, weighted)
 
     def backward(

@@ -5,8 +5,9 @@ With x = scale q, y = k less a shift, w_t = e^{table_t - top} and p a polynomial
     p(x.y) = sum_alpha a_|alpha| |alpha|! / alpha! x^alpha y^alpha
     Z_i = sum_{near j} e^{s_ij} + e^top sum_{far j} w_{i-j} p(x_i.y_j),        N_i alike,        o_i = N_i / Z_i
 
-With matrices the variables are the products of the support and symbols are monomials in W_t. On the route by blocks keys
-of the same block and of its neighbours are near; on that by FFT none is. As |p(s) - e^s| <= M s^m within the bound,
+With matrices the variables are the entries that the support pairs, and symbols are monomials in W_t. On the route by
+blocks keys of the same block and of its neighbours are near; on that by FFT none is. As |p(s) - e^s| <= M s^m
+within the bound,
 
     |o_i - exact_i| <= D_i / (Z_i - D_i) max_j |v_j - exact_i|        D_i = e^top sum_{far j} w M s_ij^m + E_i
 
@@ -30,6 +31,7 @@ from llmkern.ops.toeplitz_attention.fourier import FourierProduct
 from llmkern.ops.toeplitz_attention.layout import Layout, cut, extended, interpolation_errors
 from llmkern.ops.toeplitz_attention.near import Near
 from llmkern.polynomial import Fit, Monomials, monomials
+
 
 @dataclass(frozen=True)
 class Route:
@@ -151,7 +153,9 @@ class Problem:
             found = self.product.backward(
                 scaled, x.detach(), y.detach(), self.columns(b, h), symbols.detach(), self.coefficients, want_relative
             )
-            dx, dy = (torch.autograd.grad(*pair)[0] for pair in ((x, variables[0], found.x), (y, variables[1], found.y)))
+            dx, dy = (
+                torch.autograd.grad(*pair)[0] for pair in ((x, variables[0], found.x), (y, variables[1], found.y))
+            )
             if self.support is None:
                 dq[b, h] += self.route.scale * dx.mT
                 dk[b, kv] += dy.mT
@@ -162,9 +166,11 @@ class Problem:
             dv[b, kv] += dcolumns[:, :-1]
             if drelative is not None and found.symbols is not None:
                 # The top is a constant that cancels, not the maximum's own gradient.
-                drelative[h] += found.symbols * symbols.detach() if self.support is None else torch.autograd.grad(
-                    symbols, symbol, found.symbols
-                )[0]
+                drelative[h] += (
+                    found.symbols * symbols.detach()
+                    if self.support is None
+                    else torch.autograd.grad(symbols, symbol, found.symbols)[0]
+                )
         return dq, dk, dv, drelative
 
 
@@ -191,14 +197,13 @@ class _FastAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, out, lse = ctx.saved_tensors
-        grads = Problem(*inputs, ctx.route).backward(grad.contiguous(), out, lse, ctx.needs_input_grad[3])
+        q, k, v, relative, support, key_bias, out, lse = ctx.saved_tensors
+        problem = Problem(q, k, v, relative, support, key_bias, ctx.route)
+        grads = problem.backward(grad.contiguous(), out, lse, ctx.needs_input_grad[3])
         return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad)), None, None, None, None, None
 
 
-def fast_attention(
-    args: Arguments, fit: Fit, size: int, nodes: int, shift: Tensor | None, interpolation: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def fast_attention(args: Arguments, fit: Fit, size: int, nodes: int, shift: Tensor | None) -> tuple[Tensor, Tensor]:
     """Output (B, Hq, N, Dv) in the dtype of computation and the certificate of each row; ``size`` 0 for FFT.
 
     ``shift`` (B, Hkv, 1, D) is taken off the keys, which no softmax with a bias notices.
@@ -223,12 +228,9 @@ def fast_attention(
             key_bias = F.pad(key_bias, (0, layout.tokens - keys), value=-torch.inf)
     with torch.no_grad():
         bound = score_bounds(q, k, relative, args.support, args.scale)
-        if layout is not None and interpolation is None:
-            interpolation = interpolation_of(relative, args.support, fit, layout, nodes)
+        interpolation = None if layout is None else interpolation_of(relative, args.support, fit, layout, nodes)
     route = Route(fit, layout, nodes, args.is_causal, args.scale)
-    out, certificate = _FastAttention.apply(
-        q, k, v, relative, args.support, key_bias, route, interpolation, bound
-    )
+    out, certificate = _FastAttention.apply(q, k, v, relative, args.support, key_bias, route, interpolation, bound)
     out = out + mean.repeat_interleave(q.shape[1] // k.shape[1], 1)
     return out[:, :, :rows], certificate[:, :, :rows]
 

@@ -6,8 +6,8 @@ x_a of each block only, and interpolated by Lagrange's polynomials L_a:
 
     symbol(t)  ~  sum_ab L_a(u) symbol((I - J) C + x_a - x_b) L_b(w)
 
-Distances of far blocks are at least C from zero, where tables of positions have their corner, so that the error falls by
-a factor of about four a node where the table is smooth like log |t| or a power of |t|.
+Distances of far blocks are at least C from zero, where tables of positions have their corner, so that the error falls
+by a factor of about four a node where the table is smooth like log |t| or a power of |t|.
 """
 
 from __future__ import annotations
@@ -82,28 +82,29 @@ def node_places(layout: Layout, nodes: int, device: torch.device) -> Tensor:
     return lags + (places[:, None] - places[None, :]) + layout.tokens - 1
 
 
-def interpolation_errors(symbols: Tensor, layout: Layout, nodes: int, nearest_only: bool = False) -> Tensor:
+def interpolation_errors(symbols: Tensor, layout: Layout, nodes: int, sparsely: bool = False) -> Tensor:
     """(S, 2 count - 1): the largest error of each symbol between blocks of each difference, 0 where they are near.
 
-    Every pair of tokens is looked at. symbols: (S, 2 tokens - 1), contiguous. ``nearest_only``: those of differences 2
-    and -2, which are the largest as a rule.
+    symbols: (S, 2 tokens - 1), contiguous. Every pair of tokens is looked at; ``sparsely``: those of differences that
+    are powers of two, which stand for the ones that follow.
     """
-    size = layout.size
+    size, count = layout.size, layout.count
     basis = nodes_of(size, nodes)[1].to(symbols)
-    far = layout.far(symbols.device).nonzero().squeeze(-1)
-    if nearest_only:
-        far = far[(far - (layout.count - 1)).abs() == 2]
+    lags = torch.arange(1 - count, count, device=symbols.device)
+    if sparsely:
+        lags = lags.sign() * 2 ** lags.abs().clamp(min=1).log2().floor().long()
+    far = layout.far(symbols.device)
+    looked_at = (lags[far] + count - 1).unique()
     places = node_places(layout, nodes, symbols.device)
-    errors = symbols.new_zeros(symbols.shape[0], 2 * layout.count - 1)
+    errors = symbols.new_zeros(symbols.shape[0], 2 * count - 1)
     step = max(1, COMPARED // size**2)
     for row, symbol in zip(errors, symbols):
         # Entry [I - J, u, size - 1 - w] is the symbol at (I - J) size + u - w.
-        truth = symbol.as_strided((2 * layout.count - 1, size, size), (size, 1, 1))
-        for begin in range(0, len(far), step):
-            lags = far[begin : begin + step]
-            between = basis @ symbol[places[lags]] @ basis.flip(0).mT
-            row[lags] = between.sub_(truth[lags]).abs_().flatten(1).amax(-1)
-    return errors
+        truth = symbol.as_strided((2 * count - 1, size, size), (size, 1, 1), symbol.storage_offset())
+        for part in looked_at.split(step):
+            between = basis @ symbol[places[part]] @ basis.flip(0).mT
+            row[part] = between.sub_(truth[part]).abs_().flatten(1).amax(-1)
+    return errors[:, lags + count - 1] * far
 
 
 def lag_magnitudes(symbols: Tensor, layout: Layout) -> Tensor:

@@ -15,7 +15,9 @@ def with_exact_rows(out: Tensor, args: Arguments, failing: Tensor) -> Tensor:
     places, rows = [], []
     for b, h in failing.any(-1).nonzero().tolist():
         positions = failing[b, h].nonzero().squeeze(-1)
-        q, k, v = (x.to(out)[None, None] for x in (args.q[b, h, positions], args.k[b, h // group], args.v[b, h // group]))
+        q, k, v = (
+            x.to(out)[None, None] for x in (args.q[b, h, positions], args.k[b, h // group], args.v[b, h // group])
+        )
         s = relative_scores(q, k, args.relative[h : h + 1].to(out), args.support, args.scale, positions)
         if args.key_bias is not None:
             s = s + args.key_bias[b].to(out)
