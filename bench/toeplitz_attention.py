@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,9 @@ from _harness import Case, measure
 from torch import Tensor
 
 import llmkern
+from llmkern.ops.toeplitz_attention.fourier import fast_length
+
+RTOL = 1e-2
 
 
 def tensors(heads: int, tokens: int, dim: int, device: str) -> tuple[Tensor, ...]:
@@ -73,6 +78,101 @@ def exact_case(
     )
 
 
+def bounded(tokens: int, dim: int, rough: bool, device: str) -> tuple[Tensor, ...]:
+    """q, k, v of one head with scores of at most 1, and a decay that makes its table, or a rough table."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, tokens, dim, generator=generator) for _ in range(3))
+    q, k = (x / x.norm(dim=-1).max() for x in (q, k))
+    table = torch.randn(1, 2 * tokens - 1, generator=generator) if rough else torch.tensor([[0.5]])
+    return tuple(x.to(device) for x in (q, k, v, table))
+
+
+def logarithmic(decay: Tensor, tokens: int) -> Tensor:
+    """-decay log(1 + |t| / 20), the shape of KERPLE's: it does not factorise."""
+    t = torch.arange(1 - tokens, tokens, device=decay.device, dtype=decay.dtype)
+    return -decay * torch.log1p(t.abs() / 20)
+
+
+def fast(q: Tensor, k: Tensor, v: Tensor, made_of: Tensor, *, is_causal: bool, rough: bool, method: str) -> Tensor:
+    relative = llmkern.RelativeBias(made_of if rough else logarithmic(made_of, q.shape[2]))
+    return llmkern.toeplitz_attention(
+        q, k, v, relative=relative, is_causal=is_causal, scale=1.0, rtol=RTOL, method=method
+    )
+
+
+def smooth_by_torch(q: Tensor, k: Tensor, v: Tensor, decay: Tensor, *, attend: Callable[..., Tensor]) -> Tensor:
+    return attend(q * q.shape[3] ** 0.5, k, v, logarithmic(decay, q.shape[2]))
+
+
+def kept_by_torch(is_causal: bool) -> Callable[..., Tensor]:
+    """The mask, as large as all pairs, is there before the clock starts."""
+    kept: list[Tensor] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, decay: Tensor) -> Tensor:
+        if not kept:
+            kept.append(dense_bias(logarithmic(decay, q.shape[2]), q.shape[2], is_causal).unsqueeze(0))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=kept[0], scale=1.0)
+
+    return attend
+
+
+def agree(results: dict[str, Any], arguments: tuple[Tensor, ...], *, base: str) -> None:
+    """The error of each row is held to its certificate in tests/; here max|v - o| is taken for all rows at once."""
+    ours, theirs = results["llmkern"], results[base]
+    if isinstance(ours, Tensor):
+        assert float((ours - theirs).abs().max()) <= RTOL * float(arguments[2].max() - arguments[2].min())
+    else:
+        for a, b in zip(ours, theirs):
+            assert float((a - b).norm()) <= 10 * math.sqrt(RTOL) * float(b.norm())
+
+
+def smooth_case(tokens: int, dim: int, mode: str = "forward") -> Case:
+    """Causal; where gradients are wanted torch makes the mask anew, as training has to."""
+    peer = kept_by_torch(True)
+    if mode == "full":
+        peer = functools.partial(smooth_by_torch, attend=functools.partial(with_dense_bias, is_causal=True))
+    ours = functools.partial(fast, is_causal=True, rough=False)
+    return Case(
+        op="toeplitz_attention",
+        name=f"smooth-n{tokens}-d{dim}-causal",
+        dtype=torch.float32,
+        shape={"H": 1, "N": tokens, "D": dim},
+        inputs=functools.partial(bounded, tokens, dim, False),
+        providers={
+            "llmkern": functools.partial(ours, method="auto"),
+            "torch": peer,
+            "llmkern exact": functools.partial(ours, method="exact"),
+        },
+        # What is certified here has no known lower bound but reading and writing.
+        bytes=4 * 4 * tokens * dim * (3 if mode == "full" else 1),
+        mode=mode,
+        agree=functools.partial(agree, base="torch"),
+    )
+
+
+def rough_case(tokens: int, dim: int) -> Case:
+    """FFT of degree 2, as such: its floor is that of moving each transform, there and back, through memory once."""
+    ours = functools.partial(fast, is_causal=True, rough=True)
+    transformed = math.comb(dim + 2, 2) * (dim + 1) * fast_length(2 * tokens - 1)
+    return Case(
+        op="toeplitz_attention",
+        name=f"rough-n{tokens}-d{dim}-causal",
+        dtype=torch.float32,
+        shape={"H": 1, "N": tokens, "D": dim},
+        inputs=functools.partial(bounded, tokens, dim, True),
+        providers={
+            "llmkern": functools.partial(ours, method="fft"),
+            "llmkern exact": functools.partial(ours, method="exact"),
+        },
+        bytes=4 * 4 * transformed,
+        agree=functools.partial(agree, base="llmkern exact"),
+        sweep="N",
+    )
+
+
+test_smooth = measure([smooth_case(16384, 8), smooth_case(16384, 16)])
+test_smooth_gradients = measure([smooth_case(8192, 8, "full")])
+test_rough = measure(rough_case(2**k, 8) for k in range(13, 17))
 test_exact = measure(exact_case(2, 4096, 64, is_causal=causal) for causal in (False, True))
 test_exact_gradients = measure(exact_case(2, 4096, 64, is_causal=causal, mode="full") for causal in (False, True))
 test_t5_base_shape = measure([exact_case(12, 2048, 64, is_causal=False, mode="full")])

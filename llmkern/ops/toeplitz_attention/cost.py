@@ -14,8 +14,8 @@ from llmkern.ops.toeplitz_attention.layout import Layout
 _PAIR, _PAIR_NUMBER, _PAIR_PLACE = 0.17e-9, 0.0095e-9, 0.03e-9
 # A monomial of a token; a product of matrices, a term of it; a number at a node of a token; a symbol compared.
 _MONOMIAL, _TERM, _NODE, _COMPARED = 10e-9, 0.01e-9, 6e-9, 1.2e-9
-# A number that is transformed and back.
-_TRANSFORMED = 4.6e-9
+# A number that is transformed and back, within the cache and beyond it.
+_TRANSFORMED, _TRANSFORMED_FAR, _CACHED = 4.6e-9, 12e-9, 2**15
 # A pair of a row that is computed on its own; Python and planning, whatever the threads.
 _ROW_PAIR, _FIXED = 3e-9, 4e-3
 # What a prediction must promise before a fast route is taken: predictions err.
@@ -63,7 +63,7 @@ def blocks_seconds(work: Work, layout: Layout, features: int, nodes: int) -> flo
 
 def fft_seconds(work: Work, features: int) -> float:
     length = fast_length(work.rows + work.keys - 1)
-    transformed = features * (work.value_dim + 1) * length * _TRANSFORMED
+    transformed = features * (work.value_dim + 1) * length * (_TRANSFORMED if length <= _CACHED else _TRANSFORMED_FAR)
     seconds = transformed + (work.rows + work.keys) / 2 * features * _MONOMIAL
     return work.heads * seconds / torch.get_num_threads() + _FIXED
 

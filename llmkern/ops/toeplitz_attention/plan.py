@@ -29,6 +29,8 @@ FAST = ("blocks", "fft")
 # Tokens of a block (tiles take 192 at a time), and beyond how many tokens it is twice that.
 BLOCK, LONG = 192, 32768
 NODES = (1, 2, 3, 4, 5, 6, 8, 10, 12)
+# What smooth tables need as a rule: where these do not pay no plan is made.
+USUAL_NODES = 3
 CONTACTS = (2, 4, 6)
 MAX_DEGREE, MAX_FEATURES = 10, 20_000
 # Rows that may fail their certificate, to be computed on their own.
@@ -117,7 +119,7 @@ def make_plan(op: str, args: Arguments, rtol: float, method: str) -> ToeplitzPla
     if method == "auto":
         variables = work.places or work.dim
         least = math.comb(variables + 2, 2)
-        cheapest = min(blocks_seconds(work, _layout(work), least, 1), fft_seconds(work, least))
+        cheapest = min(blocks_seconds(work, _layout(work), least, USUAL_NODES), fft_seconds(work, least))
         if exact < SHORT_SECONDS or GAIN * cheapest >= exact:
             reason = f"{work.rows} by {work.keys} tokens are too few for the {least} features of degree 2 to pay"
             return ToeplitzPlan("exact", rtol, reason, {"exact": exact})
