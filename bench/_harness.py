@@ -59,6 +59,7 @@ class Case:
         inputs: device -> arguments, tensors or (nested) lists of tensors beside plain values. Made once.
         providers: name -> function of these arguments. "llmkern" is ours, the others are peers.
         bytes, flops: least traffic and least work of the operation; the floor is the larger of their times.
+        products: type of the operands of products, where ``precision`` sets it apart from ``dtype``.
         mode: "forward", or "backward" (gradients of all floating tensors), or "full" (both).
         base: the plain peer. In float64 it gives the truth, in ``dtype`` the error that others may have: the rule of
             ``check_agreement``.
@@ -76,6 +77,7 @@ class Case:
     providers: dict[str, Callable[..., Any]]
     bytes: float
     flops: float = 0.0
+    products: torch.dtype | None = None
     mode: str = "forward"
     base: str = "torch"
     agree: Callable[[dict[str, Any], tuple[Any, ...]], None] | None = None
@@ -91,7 +93,9 @@ class Case:
         compute = 0.0
         if self.flops:
             # Storage may be widened first: CPUs without instructions for half types multiply float32 far faster.
-            compute = self.flops / max(matmul_rate(device, dtype) for dtype in {self.dtype, torch.float32})
+            compute = self.flops / max(
+                matmul_rate(device, dtype) for dtype in {self.products or self.dtype, torch.float32}
+            )
         return max(self.bytes / read_bandwidth(device), compute)
 
 
@@ -208,7 +212,7 @@ def check_agreement(case: Case, results: dict[str, Any], truth: Any) -> None:
 
     Peers may err eight times as much: how they round is their affair, as long as they compute the same.
     """
-    eps = torch.finfo(case.dtype).eps
+    eps = torch.finfo(case.products or case.dtype).eps
     for name, result in results.items():
         outputs, wanted, exact = _tensors(result), _tensors(results[case.base]), _tensors(truth)
         assert len(outputs) == len(wanted), (

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from _harness import Case, measure
@@ -34,14 +38,25 @@ def one_batch(image: Tensor, text: Tensor) -> Tensor:
     return s.diagonal() - 0.5 * TEMPERATURE * (z.logsumexp(0) + z.logsumexp(1))
 
 
-def ours_one_batch(image: Tensor, text: Tensor) -> Tensor:
-    return llmkern.neg_clip_loss(image, text, temperature=TEMPERATURE, batch_size=len(image), num_partitions=1)
+def ours_one_batch(image: Tensor, text: Tensor, precision: str = "fp32") -> Tensor:
+    return llmkern.neg_clip_loss(
+        image, text, temperature=TEMPERATURE, batch_size=len(image), num_partitions=1, precision=precision
+    )
 
 
 def cross_entropies(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     """As in open_clip."""
     logits, own = logit_scale * image @ text.t(), torch.arange(len(image), device=image.device)
     return 0.5 * (F.cross_entropy(logits, own) + F.cross_entropy(logits.t(), own))
+
+
+def with_bf16(case: Case, ours: Callable[..., Tensor]) -> list[Case]:
+    """The case, and the same with products in bf16 against what a user has without them."""
+    providers = {**case.providers, "llmkern": functools.partial(ours, precision="bf16")}
+    return [
+        case,
+        dataclasses.replace(case, name=f"bf16-{case.name}", providers=providers, products=torch.bfloat16),
+    ]
 
 
 def norm_case(n: int, m: int, d: int, dtype: torch.dtype) -> Case:
@@ -99,6 +114,11 @@ def loss_case(b: int, d: int, dtype: torch.dtype) -> Case:
 
 
 FP16, FP32 = torch.float16, torch.float32
-test_norms = measure([norm_case(32768, 10000, 768, FP16)])
-test_batches = measure([batch_case(16384, 768, FP16), *(batch_case(b, 512, FP32) for b in (1024, 2048, 4096))])
+test_norms = measure(with_bf16(norm_case(32768, 10000, 768, FP16), llmkern.norm_sim))
+test_batches = measure(
+    [
+        *with_bf16(batch_case(16384, 768, FP16), ours_one_batch),
+        *(batch_case(b, 512, FP32) for b in (1024, 2048, 4096)),
+    ]
+)
 test_losses = measure([loss_case(8192, 768, FP32)])
