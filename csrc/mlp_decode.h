@@ -131,14 +131,14 @@ class MlpDecode {
   }
 
   template <int N, typename Row>
-  void block_dots(const Row* rows, int count, const PackedBase& base, int64_t n, A* out) const {
+  void block_dots(const Row* rows, int count, const RowShape& shape, int64_t n, A* scales, A* out) const {
     constexpr int R = kDotRows<N>;
     A sums[R * N];
     for (int r = 0; r < count; r += R) {
       // Rows beyond the last are the last again.
       Row some[R];
       for (int i = 0; i < R; ++i) some[i] = rows[std::min(r + i, count - 1)];
-      dot_units<R, N>(some, base.width, base.group, x_ + n * x_row_, x_row_, sums);
+      dot_units<R, N>(some, shape, x_ + n * x_row_, x_row_, scales, sums);
       for (int i = 0; i < R && r + i < count; ++i)
         for (int t = 0; t < N; ++t) out[(r + i) * p_.tokens + n + t] = sums[i * N + t];
     }
@@ -151,14 +151,18 @@ class MlpDecode {
     const int64_t slice = std::max<int64_t>(
         64, ((p_.inner + kSlices - 1) / kSlices + kBlockChannels - 1) / kBlockChannels * kBlockChannels);
     const int64_t slices = (p_.inner + slice - 1) / slice;
-    // For each slice: the sum of outputs (tokens, width), t_down (rank, tokens), h (tokens, slice).
+    const RowShape plain{base.width, Row::kScaled ? base.group : base.width};
+    // While a block is read, the next one is fetched.
+    RowShape fetching = plain;
+    fetching.ahead = kBlockChannels * base.parts * base.width * base.bits / 8;
+    // For each slice: the sum of outputs (tokens, width), t_down (rank, tokens), h (tokens, slice), scales of a block.
     const int64_t sum_size = n_tokens * base.width, low_size = rank * n_tokens, h_size = n_tokens * slice;
-    const int64_t each = (sum_size + low_size + h_size + 15) / 16 * 16;
+    const int64_t each = (sum_size + low_size + h_size + kBlockChannels * plain.groups() + 15) / 16 * 16;
     const at::Tensor buffer = at::empty({slices * each}, c10::CppTypeToScalarType<A>::value);
     A* const scratch = buffer.mutable_data_ptr<A>();
     at::parallel_for(0, slices, grain(slice * base.width * base.parts), [&](int64_t first, int64_t last) {
       for (int64_t s = first; s < last; ++s) {
-        A *sums = scratch + s * each, *low = sums + sum_size, *h = low + low_size;
+        A *sums = scratch + s * each, *low = sums + sum_size, *h = low + low_size, *scales = h + h_size;
         std::fill(sums, sums + sum_size, A(0));
         const int64_t begin = s * slice, end = std::min(p_.inner, begin + slice);
         for (int64_t j = begin; j < end; j += kBlockChannels) {
@@ -169,13 +173,20 @@ class MlpDecode {
             const int64_t at = part - (p_.gated ? 0 : 1);
             for (int r = 0; r < count; ++r) rows[r] = row_of((j + r) * base.parts + at);
             int64_t n = 0;
-            for (; n + 4 <= n_tokens; n += 4) block_dots<4>(rows, count, base, n, pre[part]);
-            for (; n + 2 <= n_tokens; n += 2) block_dots<2>(rows, count, base, n, pre[part]);
-            if (n < n_tokens) block_dots<1>(rows, count, base, n, pre[part]);
+            for (; n + 4 <= n_tokens; n += 4)
+              block_dots<4>(rows, count, n == 0 ? fetching : plain, n, scales, pre[part]);
+            for (; n + 2 <= n_tokens; n += 2)
+              block_dots<2>(rows, count, n == 0 ? fetching : plain, n, scales, pre[part]);
+            if (n < n_tokens) block_dots<1>(rows, count, n == 0 ? fetching : plain, n, scales, pre[part]);
           }
           finish_block(j, count, pre, h + j - begin, slice);
           for (int r = 0; r < count; ++r) rows[r] = row_of((j + r) * base.parts + base.parts - 1);
-          add_rows(rows, count, base.width, base.group, pre[kGate], n_tokens, sums, base.width);
+          if (count == kBlockChannels) {
+            add_rows<kBlockChannels>(rows, fetching, pre[kGate], n_tokens, scales, sums, base.width);
+          } else {
+            for (int r = 0; r < count; ++r)
+              add_rows<1>(rows + r, plain, pre[kGate] + r * n_tokens, n_tokens, scales, sums, base.width);
+          }
         }
         if (rank) p_.a[kDown].dots(0, rank, begin, end - begin, h, slice, n_tokens, low, n_tokens, false);
       }

@@ -25,6 +25,7 @@ struct PlainRow {
   const T* data;
 
   static constexpr bool kScaled = false;
+  const void* address(int64_t k) const { return data + k; }
   template <typename A>
   void unit(int64_t k, Lanes<A>* w) const {
 #pragma GCC unroll 16
@@ -43,12 +44,19 @@ struct Int8Row {
   const c10::BFloat16* scales;
 
   static constexpr bool kScaled = true;
+  const void* address(int64_t k) const { return data + k; }
   template <typename A>
   void unit(int64_t k, Lanes<A>* w) const {
     typename VectorType<int8_t, kLanes<A>>::type bytes;
 #pragma GCC unroll 16
     for (int i = 0; i < kUnitRegisters<A>; ++i) {
       std::memcpy(&bytes, data + k + i * kLanes<A>, sizeof(bytes));
+#if defined(CPU_CAPABILITY_AVX512)
+      if constexpr (std::is_same_v<A, float>) {
+        w[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(reinterpret<__m128i>(bytes)));
+        continue;
+      }
+#endif
       w[i] =
           from_ints<A>(__builtin_convertvector(bytes, typename VectorType<int32_t, sizeof(int32_t) * kLanes<A>>::type));
     }
@@ -61,9 +69,22 @@ struct Int4Row {
   const c10::BFloat16* scales;
 
   static constexpr bool kScaled = true;
+  const void* address(int64_t k) const { return data + k / 2; }
   template <typename A>
   void unit(int64_t k, Lanes<A>* w) const {
     constexpr int kWidth = kLanes<A>;
+#if defined(CPU_CAPABILITY_AVX512)
+    if constexpr (std::is_same_v<A, float>) {
+      // A nibble looks up its number.
+      const __m512 numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+      const __m512i shift = _mm512_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12);
+      const __m512i words = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data + k / 2)));
+      const __m512i more = _mm512_add_epi32(shift, _mm512_set1_epi32(16));
+      w[0] = _mm512_permutexvar_ps(_mm512_srlv_epi32(words, shift), numbers);
+      w[1] = _mm512_permutexvar_ps(_mm512_srlv_epi32(words, more), numbers);
+      return;
+    }
+#endif
     using Integers = typename VectorType<int32_t, sizeof(int32_t) * kWidth>::type;
     int32_t words[4];
     std::memcpy(words, data + k / 2, sizeof(words));
@@ -84,20 +105,49 @@ struct Int4Row {
   }
 };
 
+// Rows of `length` entries in whole units, with a scale for each `group` of them where they have scales. What lies
+// `ahead` bytes behind an entry is fetched into the second-level cache when the entry is read; zero fetches nothing.
+struct RowShape {
+  int64_t length, group, ahead = 0;
+  int64_t groups() const { return length / group; }
+};
+
+template <typename Row>
+inline void fetch_ahead(const Row& row, int64_t k, int64_t ahead) {
+  if (ahead) __builtin_prefetch(static_cast<const char*>(row.address(k)) + ahead, 0, 2);
+}
+
+// factor times the scales of a row, as numbers of the type of computation.
+template <typename Row, typename A>
+inline void scale_factors(const Row& row, int64_t groups, A factor, A* to) {
+  for_lanes<float>(0, groups, [&](int64_t g, auto lanes) {
+    const Floats scale = load(row.scales + g, lanes);
+    if constexpr (std::is_same_v<A, float>) {
+      store(to + g, factor * scale, lanes);
+    } else {
+      for (int64_t i = 0; i < std::min<int64_t>(kLanes<float>, groups - g); ++i) to[g + i] = factor * A(scale[i]);
+    }
+  });
+}
+
 // out[r * N + n] = row r times token n, over whole units: x holds zeros where rows are padded, or rows end with a unit.
+// scales: room for R groups() numbers, where rows have scales.
 template <int R, int N, typename Row, typename A>
-inline void dot_units(const Row* rows, int64_t length, int64_t group, const A* x, int64_t x_row, A* out) {
+inline void dot_units(const Row* rows, const RowShape& shape, const A* x, int64_t x_row, A* scales, A* out) {
   constexpr int kRegisters = kUnitRegisters<A>;
   // Two chains for each sum where there are too few to fill the pipeline.
   constexpr int kChains = R * N >= 8 || kRegisters < 2 ? 1 : 2;
   Lanes<A> total[R][N] = {};
-  const int64_t step = Row::kScaled ? group : length;
-  for (int64_t begin = 0, g = 0; begin < length; begin += step, ++g) {
+  const int64_t step = Row::kScaled ? shape.group : shape.length, groups = Row::kScaled ? shape.groups() : 1;
+  if constexpr (Row::kScaled)
+    for (int r = 0; r < R; ++r) scale_factors(rows[r], groups, A(1), scales + r * groups);
+  for (int64_t begin = 0, g = 0; begin < shape.length; begin += step, ++g) {
     Lanes<A> acc[R][N][kChains] = {};
     for (int64_t k = begin; k < begin + step; k += kUnit) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         Lanes<A> w[kRegisters];
+        fetch_ahead(rows[r], k, shape.ahead);
         rows[r].template unit<A>(k, w);
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) {
@@ -113,7 +163,7 @@ inline void dot_units(const Row* rows, int64_t length, int64_t group, const A* x
       for (int n = 0; n < N; ++n) {
         const Lanes<A> part = kChains == 2 ? acc[r][n][0] + acc[r][n][kChains - 1] : acc[r][n][0];
         if constexpr (Row::kScaled) {
-          total[r][n] += static_cast<A>(static_cast<float>(rows[r].scales[g])) * part;
+          total[r][n] += scales[r * groups + g] * part;
         } else {
           total[r][n] = part;
         }
@@ -131,49 +181,54 @@ inline void dot_units(const Row* rows, int64_t length, int64_t group, const A* x
 template <int N>
 constexpr int kDotRows = N == 1 ? 4 : 2;
 
-// Sums of rows: y[n * y_row + k] += sum_r c[r * tokens + n] row_r[k], over whole units of `length`. Weights are
-// unpacked once for all tokens.
-template <typename Row, typename A>
-inline void add_rows(const Row* rows, int n_rows, int64_t length, int64_t group, const A* c, int64_t tokens, A* y,
+// Sums of R rows: y[n * y_row + k] += sum_r c[r * tokens + n] row_r[k], over whole units. Weights are unpacked once for
+// all tokens. scales: room for R groups() numbers, where rows have scales.
+template <int R, typename Row, typename A>
+inline void add_rows(const Row* rows, const RowShape& shape, const A* c, int64_t tokens, A* scales, A* y,
                      int64_t y_row) {
-  constexpr int kRegisters = kUnitRegisters<A>, kMost = 16;
-  A scaled[kMost * 8];
-  const A* factors = c;
-  const int64_t step = Row::kScaled ? group : length;
-  for (int64_t begin = 0, g = 0; begin < length; begin += step, ++g) {
-    if constexpr (Row::kScaled) {
-      for (int r = 0; r < n_rows; ++r) {
-        const A scale = static_cast<A>(static_cast<float>(rows[r].scales[g]));
-        for (int64_t n = 0; n < tokens; ++n) scaled[r * tokens + n] = c[r * tokens + n] * scale;
-      }
-      factors = scaled;
-    }
+  constexpr int kRegisters = kUnitRegisters<A>;
+  const int64_t step = Row::kScaled ? shape.group : shape.length, groups = Row::kScaled ? shape.groups() : 1;
+  // Of a single token the factors join the scales.
+  if constexpr (Row::kScaled)
+    for (int r = 0; r < R; ++r) scale_factors(rows[r], groups, tokens == 1 ? c[r] : A(1), scales + r * groups);
+  for (int64_t begin = 0, g = 0; begin < shape.length; begin += step, ++g) {
+    const A* const factors = Row::kScaled ? scales + g : c;
+    const int64_t factor_row = Row::kScaled ? groups : 1;
     for (int64_t k = begin; k < begin + step; k += kUnit) {
       if (tokens == 1) {
         Lanes<A> sums[kRegisters], w[kRegisters];
 #pragma GCC unroll 16
         for (int i = 0; i < kRegisters; ++i) sums[i] = load(y + k + i * kLanes<A>, All{});
-        for (int r = 0; r < n_rows; ++r) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+          fetch_ahead(rows[r], k, shape.ahead);
           rows[r].template unit<A>(k, w);
-          const Lanes<A> factor = fill(factors[r]);
 #pragma GCC unroll 16
-          for (int i = 0; i < kRegisters; ++i) sums[i] += factor * w[i];
+          for (int i = 0; i < kRegisters; ++i) sums[i] += factors[r * factor_row] * w[i];
         }
 #pragma GCC unroll 16
         for (int i = 0; i < kRegisters; ++i) store(y + k + i * kLanes<A>, sums[i], All{});
         continue;
       }
-      Lanes<A> wide[kMost][kRegisters];
-      for (int r = 0; r < n_rows; ++r) rows[r].template unit<A>(k, wide[r]);
+      Lanes<A> wide[R][kRegisters];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        fetch_ahead(rows[r], k, shape.ahead);
+        rows[r].template unit<A>(k, wide[r]);
+        if constexpr (Row::kScaled) {
+#pragma GCC unroll 16
+          for (int i = 0; i < kRegisters; ++i) wide[r][i] *= factors[r * factor_row];
+        }
+      }
       for (int64_t n = 0; n < tokens; ++n) {
         A* to = y + n * y_row + k;
         Lanes<A> sums[kRegisters];
 #pragma GCC unroll 16
         for (int i = 0; i < kRegisters; ++i) sums[i] = load(to + i * kLanes<A>, All{});
-        for (int r = 0; r < n_rows; ++r) {
-          const Lanes<A> factor = fill(factors[r * tokens + n]);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 16
-          for (int i = 0; i < kRegisters; ++i) sums[i] += factor * wide[r][i];
+          for (int i = 0; i < kRegisters; ++i) sums[i] += c[r * tokens + n] * wide[r][i];
         }
 #pragma GCC unroll 16
         for (int i = 0; i < kRegisters; ++i) store(to + i * kLanes<A>, sums[i], All{});
@@ -246,7 +301,7 @@ struct PlainMatrix {
     for (int r = 0; r < R; ++r) rows[r] = {data + r * stride};
     A sums[R * N];
     const int64_t whole = length / kUnit * kUnit;
-    dot_units<R, N>(rows, whole, whole, x, x_row, sums);
+    dot_units<R, N>(rows, RowShape{whole, whole}, x, x_row, static_cast<A*>(nullptr), sums);
     dot_rest<R, N>(rows, whole, length, x, x_row, sums);
     for (int r = 0; r < R; ++r)
       for (int n = 0; n < N; ++n) out[r * out_row + n] = (add ? out[r * out_row + n] : A(0)) + sums[r * N + n];

@@ -1,5 +1,6 @@
 // An MLP with LoRA, forward and backward. A few tokens are bound by the reading of the weights and go the way of
-// mlp_decode.h, more of them by arithmetic and go the way of mlp_gemm.h; gradients always go the latter.
+// mlp_decode.h, more of them by arithmetic and go the way of mlp_gemm.h or, all in bfloat16, of mlp_matmul.h; gradients
+// always go one of the latter.
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -9,6 +10,7 @@
 
 #include "mlp_decode.h"
 #include "mlp_gemm.h"
+#include "mlp_matmul.h"
 
 namespace llmkern {
 inline namespace CPU_CAPABILITY {
@@ -58,6 +60,23 @@ struct Inputs {
   bool gated() const { return packed ? base[0].size(1) == 3 : base[0].defined(); }
   int64_t inner() const { return packed ? base[0].size(0) : base[1].size(0); }
   bool masked() const { return mask_data[0] || mask_data[1] || mask_data[2]; }
+
+  // Whether all operands are plain matrices in bfloat16 that the processor multiplies as such. That rounds what enters
+  // the activation, which could flip the slope of relu.
+  bool by_matmul() const {
+    const auto fits = [](const at::Tensor& t) { return !t.defined() || t.scalar_type() == at::kBFloat16; };
+    return multiplies_bf16() && !packed && activation != Activation::kRelu && fits(x) &&
+           std::all_of(pairs, pairs + 6, fits);
+  }
+
+  MlpTensors tensors() const {
+    MlpTensors t{{}, {}, {}, {}, {}, activation};
+    for (int part = 0; part < 3; ++part) {
+      t.base[part] = base[part], t.masks[part] = dropped[part], t.scaling[part] = scales[part];
+      t.a[part] = pairs[2 * part], t.b[part] = pairs[2 * part + 1];
+    }
+    return t;
+  }
 
   template <typename A>
   MlpProblem<A> problem() const {
@@ -156,6 +175,7 @@ void decode(const Inputs& in, const at::Tensor& y) {
 std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const OptionalTensors& weights, int64_t group_size,
                                            const OptionalTensors& lora, at::ArrayRef<double> scaling,
                                            const OptionalTensors& masks, c10::string_view activation, bool keep) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
   Inputs in(x, weights, group_size, lora, scaling, masks, activation);
   at::Tensor y = at::empty(x.sizes(), x.options());
   at::Tensor kept =
@@ -164,6 +184,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const OptionalTe
   LLMKERN_DISPATCH(x.scalar_type(), [&] {
     using A = Acc<scalar_t>;
     if (x.size(0) <= kDecodeTokens && !keep && !in.masked()) return decode<scalar_t>(in, y);
+    if (in.by_matmul()) return MlpMatmul(in.tensors()).forward(in.x, keep ? kept : at::Tensor(), y);
     in.widen_lora(c10::CppTypeToScalarType<A>::value);
     const MlpProblem<A> problem = in.problem<A>();
     in.with_chunks<scalar_t>([&](auto chunks) {
@@ -178,6 +199,7 @@ std::vector<at::Tensor> backward(const at::Tensor& dy, const at::Tensor& x, cons
                                  const OptionalTensors& weights, int64_t group_size, const OptionalTensors& lora,
                                  at::ArrayRef<double> scaling, const OptionalTensors& masks,
                                  c10::string_view activation, const c10::List<bool>& needs) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
   Inputs in(x, weights, group_size, lora, scaling, masks, activation);
   const at::Tensor upstream = unit_stride(dy);
   std::vector<at::Tensor> grads;
@@ -190,6 +212,10 @@ std::vector<at::Tensor> backward(const at::Tensor& dy, const at::Tensor& x, cons
                : at::empty({0}, x.options()));
   }
   if (x.size(0) == 0) return grads;
+  if (in.by_matmul()) {
+    MlpMatmul(in.tensors()).backward(in.x, upstream, kept, grads);
+    return grads;
+  }
   LLMKERN_DISPATCH(x.scalar_type(), [&] {
     using A = Acc<scalar_t>;
     in.widen_lora(c10::CppTypeToScalarType<A>::value);

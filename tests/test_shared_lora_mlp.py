@@ -158,6 +158,25 @@ def test_dropout_drops_inputs_of_lora_alone(rows: int, device: str) -> None:
     torch.testing.assert_close(with_masks(x, tensors, masks, 0.5), expected)
 
 
+@pytest.mark.parametrize("rows", [2, 40])
+def test_dropout_in_bfloat16_errs_as_torch_does(rows: int, device: str) -> None:
+    tensors = make(rows, 30, torch.bfloat16, device, gated=True, ranks=(2, 3, 4))
+    masks = [torch.rand(rows, n, device=device) < 0.5 for n in (30, 30, tensors[1].shape[0])]
+
+    def plain_with_masks(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, *pairs: Tensor) -> Tensor:
+        def linear(part: int, value: Tensor, weight: Tensor) -> Tensor:
+            low = (value * masks[part]) @ pairs[2 * part].mT
+            return value @ weight.mT + 2 * (0.5, 1.5, -0.75)[part] * (low @ pairs[2 * part + 1].mT)
+
+        return linear(2, torch.nn.functional.silu(linear(0, x, gate)) * linear(1, x, up), down)
+
+    def run(x: Tensor, *rest: Tensor) -> Tensor:
+        return with_masks(x, list(rest), masks, 0.5)
+
+    names = ("x", "gate", "up", "down", "Ag", "Bg", "Au", "Bu", "Ad", "Bd")
+    assert_no_worse_than_torch(run, plain_with_masks, tensors, names)
+
+
 def test_dropout_follows_the_generator_and_keeps_the_mean(device: str) -> None:
     weights, lora = (map_to(value, device) for value in weights_and_lora(torch.float64))
     # Without a gate and with relu far from zero all is linear in the masks.
