@@ -12,14 +12,12 @@ from torch.autograd.function import once_differentiable
 from llmkern._library import cpu_build
 from llmkern.ops.rope_attention.arguments import Arguments
 
-# Modules whose tiles keep pace with torch's kernel. They round logits as it does, by fused multiplications and
-# additions: shares of others do not add up to one under a normaliser of theirs.
-TILED_ISAS = ("avx2", "avx512")
 # Rows of a block where a mask over keys meets a causal one and tiles are not at hand.
 ROWS = 512
-# Up to this mean head size tiles outrun torch's kernel without a causal mask; under one, which torch's does not profit
-# much from, at all sizes. Both from this many products on; below, the call itself is what takes time.
-SMALL_HEAD, MANY_PRODUCTS = 12, 1.5e7
+# By module. Up to the first mean head size tiles outrun torch's kernel without a causal mask; under one, which torch's
+# does not profit much from, at all sizes. Both from so many products and pairs of a head on; below, the call itself is
+# what takes time.
+TILES_WIN = {"avx2": (12, 1.5e7, 0), "avx512": (256, 1e6, 2**16)}
 # Up to this mean head size also backward; torch's takes fewer products.
 SMALL_HEAD_BACKWARD = 12
 
@@ -48,8 +46,9 @@ class _TiledAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, *rest, out, normalizer = ctx.saved_tensors
+        # Shares add up to one where torch's gradient rounds logits as the tiles do, by fused multiply-add.
         plain = all(x is None for x in rest) and q.shape[:2] == k.shape[:2] and q.shape[3] == v.shape[3]
-        if plain and cpu_build.isa in TILED_ISAS and q.shape[3] > SMALL_HEAD_BACKWARD and q.numel() and k.numel():
+        if plain and cpu_build.isa in TILES_WIN and q.shape[3] > SMALL_HEAD_BACKWARD and q.numel() and k.numel():
             grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 grad, q, k, v, out, normalizer, 0.0, ctx.is_causal, scale=ctx.scale
             )
@@ -62,12 +61,14 @@ class _TiledAttention(torch.autograd.Function):
 
 def tiles_win(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> bool:
     """Whether tiles are faster than torch's kernel: from shapes alone."""
-    if q.device.type != "cpu" or q.dtype == torch.float64 or cpu_build.isa not in TILED_ISAS:
+    if q.device.type != "cpu" or q.dtype == torch.float64 or cpu_build.isa not in TILES_WIN:
         return False
     size = q.shape[3] + v.shape[3]
-    if torch.compiler.is_compiling() or q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * size < MANY_PRODUCTS:
+    head, products, pairs = TILES_WIN[cpu_build.isa]
+    seen = q.shape[2] * k.shape[2]
+    if torch.compiler.is_compiling() or q.shape[0] * q.shape[1] * seen * size < products or seen < pairs:
         return False
-    return is_causal or size <= 2 * SMALL_HEAD
+    return is_causal or size <= 2 * head
 
 
 def tiled_attention(args: Arguments, is_causal: bool) -> Tensor:
@@ -78,7 +79,11 @@ def tiled_attention(args: Arguments, is_causal: bool) -> Tensor:
         bias = bias.unsqueeze(1).expand(k.shape[:3])
         # What is hidden may be infinite.
         k, v = (x.masked_fill(~key_mask[:, None, :, None], 0) for x in (k, v))
-    return _TiledAttention.apply(q, k, v, bias, cu_q, cu_k, is_causal, scale)[0]
+    inputs = (q, k, v, bias, cu_q, cu_k, is_causal, scale)
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _TiledAttention.apply(*inputs)[0]
+    # What autograd's bookkeeping costs is felt by short calls.
+    return torch.ops.llmkern.rope_attention_exact_fwd(*inputs)[0]
 
 
 def exact_attention(args: Arguments, is_causal: bool) -> Tensor:
