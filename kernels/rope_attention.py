@@ -226,7 +226,7 @@ def rope_attention_fwd(
             if at.extra > 1:
                 sums[:, block.rows, width + 2] += block.tail
                 sums[:, block.rows, width + 3] += block.square
-        out = torch.empty((*at.q.shape[:2], width), dtype=q.dtype, device=q.device)
+        out = torch.empty((*at.q.shape[:2], width), dtype=v.dtype, device=q.device)
         normalizer = torch.empty(at.q.shape[:2], dtype=torch.float32, device=q.device)
         flags = torch.empty(at.q.shape[:2], dtype=torch.int8, device=q.device)
         if flags.numel():
@@ -251,7 +251,7 @@ def rope_attention_fwd(
         exact = flags.bool()
         for head, rows in exact_blocks(exact):
             share, lse = softmax_of(exact_scores(at.pairs, at.bias, head, rows, is_causal))
-            out[head, rows] = (share @ at.v[head // at.pairs.group]).to(q.dtype)
+            out[head, rows] = (share @ at.v[head // at.pairs.group]).to(v.dtype)
             normalizer[head, rows] = lse
         last = torch.cat([at.mean, at.top.unsqueeze(1)], 1)[:, None]
         state = torch.cat([state.sum(1), last], 1)

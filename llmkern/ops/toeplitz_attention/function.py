@@ -68,7 +68,7 @@ def toeplitz_attention(
     args = check_arguments(op, q, k, v, relative, is_causal, scale, rtol, method, key_mask)
     if plan is not None:
         _check_plan(op, plan, args)
-    elif torch.compiler.is_compiling() and method == "auto":
+    elif method == "exact" or (torch.compiler.is_compiling() and method == "auto"):
         return exact_attention(args)
     else:
         plan = make_plan(op, args, rtol, method)
