@@ -108,7 +108,7 @@ def toeplitz_exact_backward_reference(
     """Gradients of q, k, v and relative; the last is empty where it is not wanted."""
     x, y, values = _per_query_head(q, q, k, v)
     upstream, result, symbols = grad.to(x), out.to(x), relative.to(x)
-    dq, dk, dv = torch.zeros_like(x), torch.zeros_like(y), torch.zeros_like(values)
+    dq, dk, dv = (t.new_zeros(t.shape) for t in (x, y, values))
     drelative = torch.zeros_like(symbols)
     bias = None if key_bias is None else key_bias.to(x)
     for rows, s in _blocks(x, y, symbols, support, bias, is_causal, scale):
