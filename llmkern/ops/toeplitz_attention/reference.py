@@ -109,7 +109,7 @@ def toeplitz_exact_backward_reference(
     x, y, values = _per_query_head(q, q, k, v)
     upstream, result, symbols = grad.to(x), out.to(x), relative.to(x)
     dq, dk, dv = (t.new_zeros(t.shape) for t in (x, y, values))
-    drelative = torch.zeros_like(symbols)
+    drelative = symbols.new_zeros(symbols.shape)
     bias = None if key_bias is None else key_bias.to(x)
     for rows, s in _blocks(x, y, symbols, support, bias, is_causal, scale):
         if not s.shape[3]:
