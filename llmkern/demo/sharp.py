@@ -77,7 +77,8 @@ def _cells(found: Found, name: str) -> list[str]:
 
 
 def _table(found: Found) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    words = "SLW: the factors of a layer learn what its own MLP gave; SFT: all factors learn the text"
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, caption=words)
     for name in HEADER:
         table.add_column(name, justify="left" if not name else "right", no_wrap=True)
     for name in found["rows"]:
