@@ -119,15 +119,17 @@ inline void add_pairs_online(const KeyBlock<A>& keys, const QueryTile<A>& q, int
 constexpr double kBoundedLogit = 60;
 
 // The same for logits of at most kBoundedLogit (or -inf), and offset 0: exponentials are taken while they are in
-// registers. sums: value_dim rows, and one of the weights alone; ``masked``: some key is hidden from some token.
+// registers. sums: value_dim rows, and one of the weights alone; ``masked``: some key is hidden from some token. p has
+// a row more: weights are summed by block first, as values are, or many small ones would be lost beside a large one.
 template <typename A>
 inline void add_pairs_bounded(const KeyBlock<A>& keys, const QueryTile<A>& q, int64_t value_dim, bool masked, A* p,
                               A* sums) {
-  A* z = sums + value_dim * q.stride;
+  A *z = sums + value_dim * q.stride, *block = p + kKeyBlock * q.stride;
+  std::fill(block, block + q.tokens, A(0));
   outer(keys.count, q.dim, q.tokens, keys.k, keys.k_row, 1, q.x, q.stride,
         [&]<int M, int N>(int64_t m, int64_t t, const Tile<M, N, A>& tile) {
           Lanes<A> total[N];
-          for (int n = 0; n < N; ++n) total[n] = load(z + t + n * kLanes<A>, All{});
+          for (int n = 0; n < N; ++n) total[n] = load(block + t + n * kLanes<A>, All{});
 #pragma GCC unroll 8
           for (int i = 0; i < M; ++i) {
             const A bias = keys.bias ? keys.bias[m + i] : A(0);
@@ -140,8 +142,9 @@ inline void add_pairs_bounded(const KeyBlock<A>& keys, const QueryTile<A>& q, in
               store(p + (m + i) * q.stride + at, e, All{});
             }
           }
-          for (int n = 0; n < N; ++n) store(z + t + n * kLanes<A>, total[n], All{});
+          for (int n = 0; n < N; ++n) store(block + t + n * kLanes<A>, total[n], All{});
         });
+  for (int64_t t = 0; t < q.tokens; t += kLanes<A>) store(z + t, load(z + t, All{}) + load(block + t, All{}), All{});
   outer(value_dim, keys.count, q.tokens, keys.v, 1, keys.v_row, p, q.stride,
         [&](int64_t m, int64_t t, const auto& tile) { add_tile(sums + m * q.stride + t, q.stride, tile); });
 }

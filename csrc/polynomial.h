@@ -66,31 +66,32 @@ struct Monomials {
   }
 
  private:
-  // multiplicity of x_l beta is that of beta times its degree over the exponent of l, which is one more than in beta.
+  // Of one monomial: its degree, exponent of its lowest variable, how many of its factors lie in the tail,
+  // multiplicity.
+  struct Exponents {
+    int32_t degree = 0, lowest = 0, tails = 0;
+    double multiplicity = 1;
+  };
+
   void count_exponents(int64_t first, int64_t rows) {
-    std::vector<int32_t> panel_degree(panel(), 0), run(panel(), 0), tails(panel(), 0);
-    std::vector<double> panel_multiplicity(panel(), 1.0);
-    // l is the lowest variable of x_l beta, so that its exponent is the length of the run of l at the front.
-    const auto extend = [&](int64_t p, int64_t low, int32_t* degree_of, int32_t* run_of, int32_t* tail_of,
-                            double* many) {
-      *degree_of = panel_degree[p] + 1;
-      *run_of = variable[p] == low ? run[p] + 1 : 1;
-      *tail_of = tails[p] + (low < first);
-      *many = panel_multiplicity[p] * *degree_of / *run_of;
+    std::vector<Exponents> features(panel());
+    // x_l beta, l its lowest variable: multiplicity is that of beta times the degree over the exponent of l.
+    const auto times = [&](int64_t l, int64_t beta) {
+      Exponents e = features[beta];
+      ++e.degree;
+      e.lowest = variable[beta] == l ? e.lowest + 1 : 1;
+      e.tails += l < first;
+      e.multiplicity = e.multiplicity * e.degree / e.lowest;
+      return e;
     };
-    for (int64_t p = 1; p < panel(); ++p)
-      extend(parent[p], variable[p], &panel_degree[p], &run[p], &tails[p], &panel_multiplicity[p]);
-    degrees.assign(rows, 0);
-    multiplicity.assign(rows, 1.0);
-    tail.assign(rows, false);
+    for (int64_t p = 1; p < panel(); ++p) features[p] = times(variable[p], parent[p]);
+    degrees.reserve(rows), multiplicity.reserve(rows), tail.reserve(rows);
     for (const Block& block : blocks) {
-      for (int64_t i = 0; i < block.count; ++i) {
-        int32_t tails_of = tails[block.start + i], run_of;
-        degrees[block.row + i] = panel_degree[block.start + i];
-        multiplicity[block.row + i] = panel_multiplicity[block.start + i];
-        if (block.dim >= 0)
-          extend(block.start + i, block.dim, &degrees[block.row + i], &run_of, &tails_of, &multiplicity[block.row + i]);
-        tail[block.row + i] = degrees[block.row + i] == 2 && tails_of == 2;
+      for (int64_t p = block.start; p < block.start + block.count; ++p) {
+        const Exponents e = block.dim < 0 ? features[p] : times(block.dim, p);
+        degrees.push_back(e.degree);
+        multiplicity.push_back(e.multiplicity);
+        tail.push_back(e.degree == 2 && e.tails == 2);
       }
     }
   }

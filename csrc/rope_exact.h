@@ -57,8 +57,8 @@ class ExactRows {
   template <typename Index>
   void tile(int64_t g, int64_t count, Index index, const ForwardOutput<T>& to) const {
     const int64_t stride = token_stride<A>(count), width = in_.width();
-    const Buffer<A> numbers((in_.dim + width + kKeyBlock + 2) * stride + kKeyBlock * width);
-    A *x = numbers.get(), *sums = x + in_.dim * stride, *p = sums + width * stride, *top = p + kKeyBlock * stride,
+    const Buffer<A> numbers((in_.dim + width + kKeyBlock + 3) * stride + kKeyBlock * width);
+    A *x = numbers.get(), *sums = x + in_.dim * stride, *p = sums + width * stride, *top = p + (kKeyBlock + 1) * stride,
       *limit = top + stride, *values = limit + stride;
     int64_t first = in_.keys, last = 0;
     bool bounded = true;

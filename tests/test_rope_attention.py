@@ -334,6 +334,19 @@ def test_tiles_are_as_exact_as_torch(size: float, is_causal: bool, dtype: torch.
     assert_no_worse_than_torch(tiles, torchs, tensors, ("q", "k", "v"), 2.0)
 
 
+def test_tiles_keep_many_small_weights_beside_a_large_one() -> None:
+    """Logits within what needs no running maximum; added one by one to the sum, the small weights would be lost."""
+    q, k, v = normal(1, 1, 8, 4, scale=0.1), normal(1, 1, 4000, 4, seed=1, scale=0.1), normal(1, 1, 4000, 4, seed=2)
+    q[..., 0], k[..., 0, 0] = 1.0, 17.0
+    args = Arguments(q, k, v, 1.0, None, None, None)
+    assert_no_worse_than_torch(
+        lambda *tensors: tiled_attention(args._replace(**dict(zip("qkv", tensors))), False),
+        lambda *tensors: F.scaled_dot_product_attention(*tensors, scale=1.0),
+        (q, k, v),
+        ("q", "k", "v"),
+    )
+
+
 def test_tiles_serve_exact_calls_where_they_are_faster() -> None:
     q, k, v = (normal(1, 2, 700, 16, seed=i) for i in range(3))
     assert tiles_win(q, k, v, True) == (cpu_build.isa in ("avx2", "avx512"))
