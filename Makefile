@@ -73,17 +73,23 @@ sanitize-address sanitize-thread: sanitize-%: $(VENV)/installed
 	    build --build-base build/$* --build-lib build/$*/lib
 	@set -e; export PYTHONPATH=$(CURDIR)/build/$*/lib LLMKERN_CPU=; \
 	export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1; \
+	export TSAN_OPTIONS=suppressions=$(CURDIR)/tests/sanitizer_thread.supp; \
 	sanitized() { $(if $(filter thread,$*),$(TSAN_RUNNER)) env LD_PRELOAD="$($*_preload)" "$$@"; }; \
-	(cd build/$*/lib && sanitized $(CURDIR)/$(BIN)/python -c 'import llmkern._library as loaded; \
+	(cd build/$*/lib && sanitized $(abspath $(BIN))/python -c 'import llmkern._library as loaded; \
 	    assert loaded.cpu_build.isa; print("With the $* sanitizer:", loaded.cpu_build.isa, "in", loaded.__file__)'); \
-	sanitized $(BIN)/pytest -q -p no:cacheprovider -k 'not compile' $(KERNEL_TESTS) $(ARGS)
+	sanitized $(BIN)/pytest -q -s -p no:cacheprovider -k 'not compile' $(KERNEL_TESTS) $(ARGS)
 
 # For a machine with a GPU but no network: the system's Python with its torch, Triton and pytest, and nothing installed.
 # Every part has its limit, ten minutes in all; what is slow or fails does not keep the next part from running. Of the
-# suite it runs the cases on the GPU: the others are those of `make test`, and would take more time than there is.
+# suite it runs the cases on the GPU: the others are those of `make test`, and would take more time than there is. Most
+# of their time goes into compiling kernels, which several processes do at once where pytest-xdist is installed.
 GPU_PYTHON ?= python3
+SEES_A_GPU := import sys, torch; sys.exit(not torch.cuda.is_available())
+WORKERS = $(shell $(GPU_PYTHON) -c 'import xdist' 2>/dev/null && echo --numprocesses 8)
 
 gpu:
+	@$(GPU_PYTHON) -c '$(SEES_A_GPU)' || { echo 'make gpu: expected a GPU that the torch of $(GPU_PYTHON) sees, got none;' \
+	    'name the Python whose torch was built for it: make gpu GPU_PYTHON=...' >&2; exit 1; }
 	@mkdir -p $(OUT); export PYTHONPATH=$(CURDIR) PYTHONUNBUFFERED=1; status=0; \
 	part() { log=$(OUT)/$$1.log; limit=$$2; lines=$$3; shift 3; echo "$$*"; \
 	    timeout --signal=INT --kill-after=5 $$limit "$$@" >$$log 2>&1 || \
@@ -91,7 +97,7 @@ gpu:
 	    tail -n $$lines $$log; }; \
 	part build 120 3 env LLMKERN_BUILD_ISA=native $(GPU_PYTHON) setup.py --quiet build_ext --inplace; \
 	part doctor 30 40 $(GPU_PYTHON) -m llmkern doctor; \
-	part tests 270 30 $(GPU_PYTHON) -m pytest -q -k cuda $(ARGS); \
+	part tests 270 30 $(GPU_PYTHON) -m pytest -q $(WORKERS) -k cuda $(ARGS); \
 	part bench 150 80 $(GPU_PYTHON) -m pytest -q bench --device cuda --seconds 0.5 --no-plots \
 	    --results $(OUT)/results.csv $(ARGS); \
 	exit $$status

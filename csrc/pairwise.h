@@ -122,14 +122,14 @@ class TwoWaySums {
       : scale_(scale),
         n_(n),
         blocks_(count_blocks(n)),
-        tops_(padded(n), kLowest<A>),
-        sums_(padded(n), A(0)),
+        tops_(n, kLowest<A>),
+        sums_(n, A(0)),
         column_tops_(blocks_ * std::min(kRightRows, count_panels<A>(m) * kColumns)),
         column_sums_(column_tops_.size()),
         at_once_(std::min(kRightRows, count_panels<A>(m) * kColumns)) {}
 
   void add(const PairTile<A>& tile) {
-    alignas(64) A row_tops[kBlockRows + kWidth], row_sums[kBlockRows + kWidth];
+    alignas(64) A row_tops[kBlockRows], row_sums[kBlockRows];
     V column_top[2] = {fill(kLowest<A>), fill(kLowest<A>)}, column_sum[2] = {};
     A highest = kLowest<A>, lowest = std::numeric_limits<A>::max();
     const bool whole = tile.columns == kColumns;
@@ -168,17 +168,15 @@ class TwoWaySums {
         row_sums[r] = fold_sum<A>(exp_nonpositive(z0 - row_tops[r]) + exp_nonpositive(z1 - row_tops[r]));
       }
     }
-    for_lanes<A>(0, tile.rows, [&](int64_t r, auto) {
-      const V held = load(tops_.data() + tile.row + r, All{}), fresh = load(row_tops + r, All{});
+    // Lanes beyond the block are rows of another thread, hence not even read.
+    for_lanes<A>(0, tile.rows, [&](int64_t r, auto lanes) {
+      A *top = tops_.data() + tile.row + r, *sum = sums_.data() + tile.row + r;
+      const V held = load(top, lanes), fresh = load(row_tops + r, lanes);
       const V best = fresh > held ? fresh : held;
-      const V total = load(sums_.data() + tile.row + r, All{}) * exp_nonpositive(held - best) +
-                      load(row_sums + r, All{}) * exp_nonpositive(fresh - best);
-      if (tile.rows - r >= kWidth) {
-        store(tops_.data() + tile.row + r, best, All{}), store(sums_.data() + tile.row + r, total, All{});
-      } else {
-        const First rest{static_cast<int>(tile.rows - r)};
-        store(tops_.data() + tile.row + r, best, rest), store(sums_.data() + tile.row + r, total, rest);
-      }
+      store(sum,
+            load(sum, lanes) * exp_nonpositive(held - best) + load(row_sums + r, lanes) * exp_nonpositive(fresh - best),
+            lanes);
+      store(top, best, lanes);
     });
     const int64_t at = tile.block * at_once_ + tile.column % at_once_;
     store(column_tops_.data() + at, shift0, All{}), store(column_tops_.data() + at + kWidth, shift1, All{});
@@ -206,8 +204,6 @@ class TwoWaySums {
   }
 
  private:
-  static int64_t padded(int64_t n) { return n + kWidth; }
-
   A scale_;
   int64_t n_, blocks_;
   std::vector<A> tops_, sums_;

@@ -4,6 +4,7 @@
 // for torch as well.
 #include <pthread.h>
 
+#include <atomic>
 #include <thread>
 #include <vector>
 
@@ -11,7 +12,7 @@ namespace {
 
 thread_local int thread_id = 0, team_size = 1;
 thread_local pthread_barrier_t* team_barrier = nullptr;
-int max_threads = static_cast<int>(std::thread::hardware_concurrency());
+std::atomic<int> max_threads = static_cast<int>(std::thread::hardware_concurrency());
 
 struct Member {
   Member(int id, int size, pthread_barrier_t* barrier) { thread_id = id, team_size = size, team_barrier = barrier; }
@@ -33,7 +34,7 @@ void GOMP_barrier() {
 }
 
 void GOMP_parallel(void (*body)(void*), void* data, unsigned wanted, unsigned) {
-  const int size = team_size > 1 ? 1 : wanted ? static_cast<int>(wanted) : max_threads;
+  const int size = team_size > 1 ? 1 : wanted ? static_cast<int>(wanted) : max_threads.load();
   if (size == 1) return body(data);
   pthread_barrier_t barrier;
   pthread_barrier_init(&barrier, nullptr, size);
