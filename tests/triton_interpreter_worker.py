@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 import triton_rope_attention
+import triton_shared_lora_mlp
 import triton_toeplitz_attention
 from oracle import assert_close, farther, map_tensors, nudge
 from torch import Tensor
@@ -359,6 +360,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield named(check_lse, 1, 1, 1, torch.float32, 0)
     yield named(check_bad_rows_of_pairs)
     yield from triton_rope_attention.cases()
+    yield from triton_shared_lora_mlp.cases()
     yield from triton_toeplitz_attention.cases()
 
 
