@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "rope_backward.h"
+#include "rope_forward.h"
 #include "rope_norms.h"
 
 namespace llmkern {
@@ -130,13 +131,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> rope_attention_bwd(
       const A* saved = moments.const_data_ptr<A>() + index * moments.size(2) * moments.size(3);
       side.mean.assign(saved + in.tables.count() * moments.size(3),
                        saved + in.tables.count() * moments.size(3) + v.size(3));
-      BackwardProblem<scalar_t>(
+      backward_problem<scalar_t>(
           side,
           {upstream.const_data_ptr<scalar_t>() + row * v.size(3), output.const_data_ptr<scalar_t>() + row * v.size(3),
            z.const_data_ptr<A>() + row, flags.const_data_ptr<bool>() + row, saved, q.size(2),
            dq.mutable_data_ptr<A>() + row * q.size(3), dk.mutable_data_ptr<A>() + key * k.size(3),
-           dv.mutable_data_ptr<A>() + key * v.size(3), key_bias ? dbias.mutable_data_ptr<A>() + key : nullptr})
-          .run();
+           dv.mutable_data_ptr<A>() + key * v.size(3), key_bias ? dbias.mutable_data_ptr<A>() + key : nullptr});
     });
   });
   return {dq, dk, dv.to(v.scalar_type()),

@@ -35,8 +35,8 @@ def normal(*shape: int, seed: int = 0, scale: float = 1.0, dtype: torch.dtype = 
 
 
 @pytest.fixture
-def eager_planner(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plans also where exact attention is short."""
+def eager_planner(monkeypatch: pytest.MonkeyPatch, slow_exact_attention: None) -> None:
+    """Plans also where exact attention is short, and takes what certifies."""
     monkeypatch.setattr("llmkern.ops.rope_attention.plan.LOOK_SECONDS", 0.0)
 
 

@@ -157,6 +157,7 @@ def test_gradients_get_closer_with_rtol():
     assert synthetic.gradient_row(400, 4, 15.0, 1e-4, False) is None
 
 
+@pytest.mark.usefixtures("slow_exact_attention")
 def test_threshold_is_the_edge():
     edge = synthetic.largest_fast_bound(8192, 4, 1e-2, True, steps=4)
     assert edge > 0

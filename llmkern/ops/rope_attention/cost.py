@@ -1,33 +1,117 @@
-"""Predicted seconds of each route, from rates measured on two cores of a Zen 3 (AVX2); their ratios carry over."""
+"""Predicted seconds of each route, from rates that bench/_rope_rates.py measures."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from llmkern._library import cpu_build
 from llmkern.ops.rope_attention.arguments import Arguments
 
-# Exact attention, useful operations a second of one thread by log2 of the head size: small heads feed it badly.
-_EXACT_RATES = {0: 3e9, 3: 22e9, 4: 40e9, 5: 54e9, 6: 60e9, 7: 70e9}
-# Of heads of 8 or more, pairs of multiplication and addition a second of one thread.
-SLOWEST_RATE = 11e9
-# Share of the full time that it takes under a causal mask.
-_EXACT_CAUSAL = 0.58
-# The passes over features; pairs within chunks, exponentials and all; a number of q, k or v read and written again.
-_POLYNOMIAL_RATE, _CHUNK_RATE, _TOUCH_RATE = 55e9, 6.5e9, 0.5e9
+# Head sizes at which torch's attention is known: small ones feed it badly.
+SIZES = (8, 16, 32, 64, 128, 256)
 # A causal pass sums half of the keys twice.
-_CAUSAL_KEYS = 1.5
+CAUSAL_KEYS = 1.5
 # Python, planning and waking threads.
-_FIXED_SECONDS = 1.5e-3
+FIXED_SECONDS = 1.5e-3
 # What a prediction must promise before a polynomial is taken: predictions err.
 GAIN = 1.2
 
 
 @dataclass(frozen=True)
+class Rates:
+    """Seconds of one thread.
+
+    Attributes:
+        torch_pair: of a pair in torch's attention, by head size (SIZES); torch_causal: share under a causal mask.
+        tile_pair, tile_number: of a pair in exact tiles, and of a number of q and v in it; tile_causal: share.
+        product, token, number: of the passes over features: a multiplication and addition, a token, a number of it.
+        chunk_pair, chunk_number: of pairs within chunks.
+    """
+
+    torch_pair: tuple[float, ...]
+    torch_causal: float
+    tile_pair: float
+    tile_number: float
+    tile_causal: float
+    product: float
+    token: float
+    number: float
+    chunk_pair: float
+    chunk_number: float
+
+    @property
+    def slowest(self) -> float:
+        """Pairs of multiplication and addition a second of torch's attention, heads of 8 or more."""
+        return min(2 * size / seconds for size, seconds in zip(SIZES, self.torch_pair))
+
+
+# Of two cores of a Zen 5, held to the instruction set; for GPUs, not measured yet, a Zen 3's, whose ratios are taken.
+RATES = {
+    "avx512": Rates(
+        torch_pair=(1.3e-09, 9.8e-10, 1.6e-09, 2.8e-09, 5.3e-09, 1.1e-08),
+        torch_causal=0.84,
+        tile_pair=1.2e-10,
+        tile_number=9.5e-12,
+        tile_causal=0.57,
+        product=1.2e-11,
+        token=4.8e-08,
+        number=0,
+        chunk_pair=2e-10,
+        chunk_number=1.2e-11,
+    ),
+    "avx2": Rates(
+        torch_pair=(1.3e-09, 1.1e-09, 1.6e-09, 2.9e-09, 5.2e-09, 1e-08),
+        torch_causal=0.82,
+        tile_pair=2.8e-10,
+        tile_number=1.6e-11,
+        tile_causal=0.53,
+        product=1.9e-11,
+        token=3.7e-08,
+        number=9.2e-11,
+        chunk_pair=0,
+        chunk_number=1.6e-12,
+    ),
+    "generic": Rates(
+        torch_pair=(4.2e-09, 3.8e-09, 4.5e-09, 5.7e-09, 8.3e-09, 1.4e-08),
+        torch_causal=0.83,
+        tile_pair=8.3e-10,
+        tile_number=4.5e-11,
+        tile_causal=0.51,
+        product=5.2e-11,
+        token=3.5e-08,
+        number=3.1e-10,
+        chunk_pair=6.7e-10,
+        chunk_number=2.7e-11,
+    ),
+    "gpu": Rates(
+        torch_pair=(1.5e-9, 1.6e-9, 2.4e-9, 4.3e-9, 7.3e-9, 1.5e-8),
+        torch_causal=0.58,
+        tile_pair=0,
+        tile_number=0,
+        tile_causal=0.5,
+        product=3.6e-11,
+        token=0,
+        number=2e-9,
+        chunk_pair=0,
+        chunk_number=1.5e-10,
+    ),
+}
+
+
+def rates(device: str) -> Rates:
+    if device != "cpu":
+        return RATES["gpu"]
+    return RATES[cpu_build.isa or "generic"]
+
+
+@dataclass(frozen=True)
 class Work:
-    """Sizes of one call; ``rows`` and ``keys`` of one head, ``heads`` over the batch."""
+    """Sizes of one call; ``rows`` and ``keys`` of one head, ``heads`` over the batch; ``tiles``: whether exact
+    attention would be by tiles."""
 
     heads: int
     kv_heads: int
@@ -37,9 +121,11 @@ class Work:
     value_dim: int
     is_causal: bool
     chunk: int
+    tiles: bool
+    rates: Rates
 
     @staticmethod
-    def of(args: Arguments, is_causal: bool, chunk: int) -> Work:
+    def of(args: Arguments, is_causal: bool, chunk: int, tiles: bool) -> Work:
         b, hq, n, d = args.q.shape
         rows, keys, heads, kv_heads = n, args.k.shape[2], b * hq, b * args.k.shape[1]
         if args.cu_q is not None and args.cu_k is not None and len(args.cu_q) > 1:
@@ -48,26 +134,34 @@ class Work:
             pairs = float((args.cu_q.diff().double() * args.cu_k.diff().double()).sum()) / count
             rows = keys = math.ceil(math.sqrt(pairs))
             heads, kv_heads = heads * count, kv_heads * count
-        return Work(heads, kv_heads, rows, keys, d, args.v.shape[3], is_causal, chunk)
+        known = rates(args.q.device.type)
+        return Work(heads, kv_heads, rows, keys, d, args.v.shape[3], is_causal, chunk, tiles, known)
+
+
+def torch_seconds(work: Work) -> float:
+    pair = float(np.interp((work.dim + work.value_dim) / 2, SIZES, work.rates.torch_pair))
+    return _all_pairs(work, pair, work.rates.torch_causal)
 
 
 def exact_seconds(work: Work) -> float:
-    size = math.log2(max(1.0, (work.dim + work.value_dim) / 2))
-    known = sorted(_EXACT_RATES)
-    low = max((s for s in known if s <= size), default=known[0])
-    high = min((s for s in known if s >= size), default=known[-1])
-    share = 0.0 if low == high else (size - low) / (high - low)
-    rate = math.exp(math.log(_EXACT_RATES[low]) * (1 - share) + math.log(_EXACT_RATES[high]) * share)
-    pairs = work.heads * work.rows * work.keys * (_EXACT_CAUSAL if work.is_causal else 1.0)
-    return pairs * 2 * (work.dim + work.value_dim) / (rate * torch.get_num_threads())
+    if not work.tiles:
+        return torch_seconds(work)
+    pair = work.rates.tile_pair + (work.dim + work.value_dim) * work.rates.tile_number
+    return _all_pairs(work, pair, work.rates.tile_causal)
+
+
+def _all_pairs(work: Work, pair: float, causal_share: float) -> float:
+    pairs = work.heads * work.rows * work.keys * (causal_share if work.is_causal else 1.0)
+    return pairs * pair / torch.get_num_threads()
 
 
 def polynomial_seconds(work: Work, features: int) -> float:
+    known, numbers = work.rates, work.dim + work.value_dim
     tokens_q, tokens_k = work.heads * work.rows, work.kv_heads * work.keys
-    passes = tokens_q + tokens_k * (_CAUSAL_KEYS if work.is_causal else 1.0)
-    seconds = 2 * features * (work.value_dim + 2) * passes / _POLYNOMIAL_RATE
-    seconds += (tokens_q + tokens_k) * (work.dim + work.value_dim) / _TOUCH_RATE
+    passes = tokens_q + tokens_k * (CAUSAL_KEYS if work.is_causal else 1.0)
+    seconds = features * (work.value_dim + 2) * passes * known.product
+    seconds += (tokens_q + tokens_k) * (known.token + numbers * known.number)
     if work.is_causal:
-        seconds += tokens_q * work.chunk * (work.dim + work.value_dim) / _CHUNK_RATE
+        seconds += tokens_q * work.chunk * (known.chunk_pair + numbers * known.chunk_number)
     threads = torch.get_num_threads() if work.kv_heads > 1 else min(2, torch.get_num_threads())
-    return seconds / threads + _FIXED_SECONDS
+    return seconds / threads + FIXED_SECONDS

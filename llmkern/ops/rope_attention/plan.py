@@ -12,7 +12,8 @@ from torch import Tensor
 
 from llmkern._library import bad_value
 from llmkern.ops.rope_attention.arguments import Arguments
-from llmkern.ops.rope_attention.cost import GAIN, SLOWEST_RATE, Work, exact_seconds, polynomial_seconds
+from llmkern.ops.rope_attention.cost import GAIN, Work, exact_seconds, polynomial_seconds, rates, torch_seconds
+from llmkern.ops.rope_attention.exact import tiles_win
 from llmkern.ops.rope_attention.measure import (
     ALL_KEYS,
     ALL_ROWS,
@@ -36,7 +37,8 @@ from llmkern.ops.rope_attention.reference import ROUNDING_PARTS, compute_dtype
 CHUNK = 240
 # Shares of tokens of largest norm that a split computes exactly.
 SPLITS = (0.0, 1 / 256, 1 / 32)
-# A plan that finds nothing costs about this much; where exact attention is not 20 times as long none is made.
+# A plan that finds nothing costs about this much: none is made where that is more than a twentieth of torch's attention
+# or a fifth of ours.
 LOOK_SECONDS = 1.5e-3
 # Heads from this size on are looked at for directions of little variance.
 BALANCED_DIM = 16
@@ -133,19 +135,20 @@ class AttentionPlan:
 def is_short(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether exact attention is over before a plan could be made: from shapes alone, and quickly."""
     work = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * (q.shape[3] + v.shape[3])
-    return work < 20 * LOOK_SECONDS * SLOWEST_RATE * torch.get_num_threads() and q.shape[3] >= 8 <= v.shape[3]
+    slowest = rates(q.device.type).slowest * torch.get_num_threads()
+    return work < 20 * LOOK_SECONDS * slowest and q.shape[3] >= 8 <= v.shape[3]
 
 
 def make_plan(
     op: str, args: Arguments, is_causal: bool, rtol: float, method: str, splits: tuple[float, ...] = SPLITS
 ) -> AttentionPlan:
-    work = Work.of(args, is_causal, CHUNK)
+    work = Work.of(args, is_causal, CHUNK, tiles_win(args.q, args.k, args.v, is_causal))
     exact = exact_seconds(work)
     if method == "exact":
         return AttentionPlan("exact", rtol, "asked for", {"exact": exact}, is_causal=is_causal)
     if method == "auto":
         least = polynomial_seconds(work, math.comb(work.dim + 2, 2))
-        if GAIN * least >= exact or exact < 20 * LOOK_SECONDS:
+        if GAIN * least >= exact or torch_seconds(work) < 20 * LOOK_SECONDS or exact < 5 * LOOK_SECONDS:
             reason = (
                 f"{work.rows} by {work.keys} tokens are too few for the {math.comb(work.dim + 2, 2)} features of "
                 "degree 2 to pay"
