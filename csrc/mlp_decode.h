@@ -2,11 +2,12 @@
 // channels the rows of gate and up give h, and h times the rows of down goes to a sum of outputs. Channels are cut into
 // slices, whatever the number of threads, each with a sum of its own that the last step adds in order:
 //
-//   t = A_gate x, A_up x  |  for each slice: h, t_down, sum of outputs  |  y = sums over slices + B_down t_down
+//   t = A_gate x, A_up x  |  for each slice: h, sum of outputs  |  t_down = A_down h  |  y = sums + B_down t_down
 //
 // Plain weights have rows of down over channels, so h comes whole before them.
 #pragma once
 
+#include "gemm.h"
 #include "mlp_problem.h"
 
 namespace llmkern {
@@ -21,17 +22,10 @@ constexpr int64_t kWeightsPerTask = 16384;
 template <typename A>
 class MlpDecode {
  public:
-  MlpDecode(const MlpProblem<A>& p, const A* x, int64_t x_row) : p_(p), x_(x), x_row_(x_row) {
-    for (int part : {kGate, kUp}) {
-      low_[part].resize(p.rank(part) * p.tokens);
-      if (!p.a[part]) continue;
-      rows_in_parallel(p.rank(part), p.hidden, [&](int64_t first, int64_t count) {
-        p.a[part].dots(first, count, 0, p.hidden, x, x_row, p.tokens, low_[part].data() + first * p.tokens, p.tokens,
-                       false);
-      });
-      // B reads rows of it, token by token.
-      low_[part] = transposed(low_[part], p.rank(part), p.scaling[part]);
-    }
+  // x_is_bf16: all numbers of x are such of bfloat16.
+  MlpDecode(const MlpProblem<A>& p, const A* x, int64_t x_row, bool x_is_bf16)
+      : p_(p), x_(x), x_row_(x_row), x_is_bf16_(x_is_bf16) {
+    for (int part : {kGate, kUp}) low_[part] = low_of(part, x, x_row);
   }
 
   template <typename T, typename Out>
@@ -54,14 +48,7 @@ class MlpDecode {
         finish_block(j, count, pre, h + j, h_row);
       }
     });
-    std::vector<A> low(p_.rank(kDown) * p_.tokens);
-    if (p_.a[kDown]) {
-      rows_in_parallel(p_.rank(kDown), p_.inner, [&](int64_t first, int64_t count) {
-        p_.a[kDown].dots(first, count, 0, p_.inner, h, h_row, p_.tokens, low.data() + first * p_.tokens, p_.tokens,
-                         false);
-      });
-      low = transposed(low, p_.rank(kDown), p_.scaling[kDown]);
-    }
+    const std::vector<A> low = low_of(kDown, h, h_row);
     const int64_t outputs = (p_.hidden + kBlockChannels - 1) / kBlockChannels;
     at::parallel_for(0, outputs, grain(kBlockChannels * p_.inner), [&](int64_t first, int64_t last) {
       for (int64_t block = first; block < last; ++block) {
@@ -106,11 +93,33 @@ class MlpDecode {
                      [&](int64_t first, int64_t last) { body(4 * first, std::min(rows, 4 * last) - 4 * first); });
   }
 
-  std::vector<A> transposed(const std::vector<A>& from, int64_t rank, A scaling) const {
-    std::vector<A> to(from.size());
+  // s A x, (tokens, rank)
+  std::vector<A> low_of(int part, const A* x, int64_t x_row) const {
+    const int64_t rank = p_.rank(part);
+    std::vector<A> found(rank * p_.tokens), low(rank * p_.tokens);
+    if (!rank) return low;
+    rows_in_parallel(rank, p_.a[part].width, [&](int64_t first, int64_t count) {
+      p_.a[part].dots(first, count, 0, p_.a[part].width, x, x_row, p_.tokens, found.data() + first * p_.tokens,
+                      p_.tokens, false);
+    });
     for (int64_t r = 0; r < rank; ++r)
-      for (int64_t n = 0; n < p_.tokens; ++n) to[n * rank + r] = scaling * from[r * p_.tokens + n];
-    return to;
+      for (int64_t n = 0; n < p_.tokens; ++n) low[n * rank + r] = p_.scaling[part] * found[r * p_.tokens + n];
+    return low;
+  }
+
+  // x in bfloat16, in the order of such rows; nothing where they take it as it is.
+  template <typename Row>
+  std::vector<c10::BFloat16> paired_x(int64_t width) const {
+    std::vector<c10::BFloat16> pairs;
+    if constexpr (kPaired<Row> && std::is_same_v<A, float>) {
+      if (!x_is_bf16_ || !multiplies_bf16()) return pairs;
+      pairs.resize(p_.tokens * width);
+      for (int64_t n = 0; n < p_.tokens; ++n)
+        for (int64_t k = 0; k < width; k += kUnit)
+          for (int p = 0; p < kUnit; ++p)
+            pairs[n * width + k + p] = static_cast<c10::BFloat16>(x_[n * x_row_ + k + paired_entry<Row>(p)]);
+    }
+    return pairs;
   }
 
   // Pre-activations of the base (channel, token) to h[n * h_row + r], with LoRA added.
@@ -131,14 +140,23 @@ class MlpDecode {
   }
 
   template <int N, typename Row>
-  void block_dots(const Row* rows, int count, const RowShape& shape, int64_t n, A* scales, A* out) const {
+  void block_dots(const Row* rows, int count, const RowShape& shape, const std::vector<c10::BFloat16>& pairs, int64_t n,
+                  A* scales, A* out) const {
     constexpr int R = kDotRows<N>;
     A sums[R * N];
     for (int r = 0; r < count; r += R) {
       // Rows beyond the last are the last again.
       Row some[R];
       for (int i = 0; i < R; ++i) some[i] = rows[std::min(r + i, count - 1)];
-      dot_units<R, N>(some, shape, x_ + n * x_row_, x_row_, scales, sums);
+      if constexpr (kPaired<Row> && std::is_same_v<A, float>) {
+        if (pairs.empty()) {
+          dot_units<R, N>(some, shape, x_ + n * x_row_, x_row_, scales, sums);
+        } else {
+          paired_dots<R, N>(some, shape, pairs.data() + n * shape.length, shape.length, scales, sums);
+        }
+      } else {
+        dot_units<R, N>(some, shape, x_ + n * x_row_, x_row_, scales, sums);
+      }
       for (int i = 0; i < R && r + i < count; ++i)
         for (int t = 0; t < N; ++t) out[(r + i) * p_.tokens + n + t] = sums[i * N + t];
     }
@@ -155,31 +173,34 @@ class MlpDecode {
     // While a block is read, the next one is fetched.
     RowShape fetching = plain;
     fetching.ahead = kBlockChannels * base.parts * base.width * base.bits / 8;
-    // For each slice: the sum of outputs (tokens, width), t_down (rank, tokens), h (tokens, slice), scales of a block.
-    const int64_t sum_size = n_tokens * base.width, low_size = rank * n_tokens, h_size = n_tokens * slice;
-    const int64_t each = (sum_size + low_size + h_size + kBlockChannels * plain.groups() + 15) / 16 * 16;
-    const at::Tensor buffer = at::empty({slices * each}, c10::CppTypeToScalarType<A>::value);
-    A* const scratch = buffer.mutable_data_ptr<A>();
+    const std::vector<c10::BFloat16> pairs = paired_x<Row>(base.width);
+    // For each slice: the sum of outputs (tokens, width), scales of a block; then h (tokens, inner).
+    const int64_t sum_size = n_tokens * base.width, h_row = (p_.inner + 15) / 16 * 16;
+    const int64_t each = (sum_size + kBlockChannels * plain.groups() + 15) / 16 * 16;
+    const at::Tensor buffer = at::empty({slices * each + n_tokens * h_row}, c10::CppTypeToScalarType<A>::value);
+    A *const scratch = buffer.mutable_data_ptr<A>(), *const h = scratch + slices * each;
     at::parallel_for(0, slices, grain(slice * base.width * base.parts), [&](int64_t first, int64_t last) {
       for (int64_t s = first; s < last; ++s) {
-        A *sums = scratch + s * each, *low = sums + sum_size, *h = low + low_size, *scales = h + h_size;
+        A *sums = scratch + s * each, *scales = sums + sum_size;
         std::fill(sums, sums + sum_size, A(0));
         const int64_t begin = s * slice, end = std::min(p_.inner, begin + slice);
         for (int64_t j = begin; j < end; j += kBlockChannels) {
           const int count = static_cast<int>(std::min<int64_t>(kBlockChannels, end - j));
           A pre[2][kBlockChannels * kDecodeTokens];
           Row rows[kBlockChannels];
+          // Rows of B are too few for a block to be noticed as a stream.
+          for (int part : {kGate, kUp}) p_.b[part].fetch(j + kBlockChannels, kBlockChannels);
           for (int part = p_.gated ? kGate : kUp; part <= kUp; ++part) {
             const int64_t at = part - (p_.gated ? 0 : 1);
             for (int r = 0; r < count; ++r) rows[r] = row_of((j + r) * base.parts + at);
             int64_t n = 0;
             for (; n + 4 <= n_tokens; n += 4)
-              block_dots<4>(rows, count, n == 0 ? fetching : plain, n, scales, pre[part]);
+              block_dots<4>(rows, count, n == 0 ? fetching : plain, pairs, n, scales, pre[part]);
             for (; n + 2 <= n_tokens; n += 2)
-              block_dots<2>(rows, count, n == 0 ? fetching : plain, n, scales, pre[part]);
-            if (n < n_tokens) block_dots<1>(rows, count, n == 0 ? fetching : plain, n, scales, pre[part]);
+              block_dots<2>(rows, count, n == 0 ? fetching : plain, pairs, n, scales, pre[part]);
+            if (n < n_tokens) block_dots<1>(rows, count, n == 0 ? fetching : plain, pairs, n, scales, pre[part]);
           }
-          finish_block(j, count, pre, h + j - begin, slice);
+          finish_block(j, count, pre, h + j, h_row);
           for (int r = 0; r < count; ++r) rows[r] = row_of((j + r) * base.parts + base.parts - 1);
           if (count == kBlockChannels) {
             add_rows<kBlockChannels>(rows, fetching, pre[kGate], n_tokens, scales, sums, base.width);
@@ -188,36 +209,29 @@ class MlpDecode {
               add_rows<1>(rows + r, plain, pre[kGate] + r * n_tokens, n_tokens, scales, sums, base.width);
           }
         }
-        if (rank) p_.a[kDown].dots(0, rank, begin, end - begin, h, slice, n_tokens, low, n_tokens, false);
       }
     });
-    std::vector<A> low(low_size);
-    for (int64_t s = 0; s < slices; ++s)
-      for (int64_t i = 0; i < low_size; ++i) low[i] += scratch[s * each + sum_size + i];
-    low = transposed(low, rank, p_.scaling[kDown]);
-    // Outputs in pieces of a unit.
-    at::parallel_for(0, base.width / kUnit, grain(kUnit * (rank + slices) * n_tokens),
-                     [&](int64_t first, int64_t last) {
-                       const int64_t i0 = first * kUnit, i1 = std::min(p_.hidden, last * kUnit);
-                       for (int64_t n = 0; n < n_tokens; ++n) {
-                         for (int64_t i = i0; i < i1; i += kUnit) {
-                           const int64_t count = std::min<int64_t>(kUnit, i1 - i);
-                           A out[kUnit] = {};
-                           for (int64_t s = 0; s < slices; ++s) {
-                             const A* from = scratch + s * each + n * base.width + i;
-                             for (int k = 0; k < kUnit; k += kLanes<A>)
-                               store(out + k, load(out + k, All{}) + load(from + k, All{}), All{});
-                           }
-                           if (rank) p_.b[kDown].dots(i, count, 0, rank, low.data() + n * rank, rank, 1, out, 1, true);
-                           for (int64_t k = 0; k < count; ++k) y[n * p_.hidden + i + k] = static_cast<Out>(out[k]);
-                         }
-                       }
-                     });
+    const std::vector<A> low = low_of(kDown, h, h_row);
+    // Outputs in pieces of a unit; sums of slices come together in the first of them.
+    at::parallel_for(
+        0, base.width / kUnit, grain(kUnit * (rank + slices) * n_tokens), [&](int64_t first, int64_t last) {
+          const int64_t begin = first * kUnit, end = last * kUnit, live = std::min(end, p_.hidden);
+          for (int64_t n = 0; n < n_tokens; ++n) {
+            A* total = scratch + n * base.width;
+            for (int64_t s = 1; s < slices; ++s)
+              for (int64_t i = begin; i < end; i += kLanes<A>)
+                store(total + i, load(total + i, All{}) + load(total + s * each + i, All{}), All{});
+            if (rank)
+              p_.b[kDown].dots(begin, live - begin, 0, rank, low.data() + n * rank, rank, 1, total + begin, 1, true);
+            for (int64_t i = begin; i < live; ++i) y[n * p_.hidden + i] = static_cast<Out>(total[i]);
+          }
+        });
   }
 
   const MlpProblem<A>& p_;
   const A* x_;
   int64_t x_row_;
+  bool x_is_bf16_;
   // s A x, (tokens, rank)
   std::vector<A> low_[2];
 };

@@ -18,6 +18,9 @@ inline Lanes<A> from_ints(typename VectorType<int32_t, sizeof(int32_t) * kLanes<
   return __builtin_convertvector(x, Lanes<A>);
 }
 
+// Bytes that are fetched from memory together.
+constexpr int64_t kLine = 64;
+
 // One row of plain numbers; `length` entries, the last unit perhaps a part of one.
 template <typename T>
 struct PlainRow {
@@ -25,6 +28,7 @@ struct PlainRow {
   const T* data;
 
   static constexpr bool kScaled = false;
+  static constexpr int64_t kLineEntries = kLine / sizeof(T);
   const void* address(int64_t k) const { return data + k; }
   template <typename A>
   void unit(int64_t k, Lanes<A>* w) const {
@@ -44,6 +48,7 @@ struct Int8Row {
   const c10::BFloat16* scales;
 
   static constexpr bool kScaled = true;
+  static constexpr int64_t kLineEntries = kLine;
   const void* address(int64_t k) const { return data + k; }
   template <typename A>
   void unit(int64_t k, Lanes<A>* w) const {
@@ -69,6 +74,7 @@ struct Int4Row {
   const c10::BFloat16* scales;
 
   static constexpr bool kScaled = true;
+  static constexpr int64_t kLineEntries = 2 * kLine;
   const void* address(int64_t k) const { return data + k / 2; }
   template <typename A>
   void unit(int64_t k, Lanes<A>* w) const {
@@ -112,9 +118,11 @@ struct RowShape {
   int64_t groups() const { return length / group; }
 };
 
+// Always inlined: GCC takes a function that only fetches for one without effect, and drops the calls.
 template <typename Row>
-inline void fetch_ahead(const Row& row, int64_t k, int64_t ahead) {
-  if (ahead) __builtin_prefetch(static_cast<const char*>(row.address(k)) + ahead, 0, 2);
+[[gnu::always_inline]] inline void fetch_ahead(const Row& row, int64_t k, int64_t ahead) {
+  if (!ahead || k % Row::kLineEntries >= kUnit) return;
+  __builtin_prefetch(static_cast<const char*>(row.address(k)) + ahead, 0, 2);
 }
 
 // factor times the scales of a row, as numbers of the type of computation.
@@ -130,13 +138,24 @@ inline void scale_factors(const Row& row, int64_t groups, A factor, A* to) {
   });
 }
 
+// Sums over the lanes of n registers.
+template <int n, typename A>
+inline void sum_lanes(const Lanes<A>* x, A* sums) {
+  if constexpr (n % 4 == 0) {
+#pragma GCC unroll 8
+    for (int i = 0; i < n; i += 4) sum_four<A>(x + i, sums + i);
+  } else {
+    for (int i = 0; i < n; ++i) sums[i] = sum<A>(x[i]);
+  }
+}
+
 // out[r * N + n] = row r times token n, over whole units: x holds zeros where rows are padded, or rows end with a unit.
 // scales: room for R groups() numbers, where rows have scales.
 template <int R, int N, typename Row, typename A>
 inline void dot_units(const Row* rows, const RowShape& shape, const A* x, int64_t x_row, A* scales, A* out) {
   constexpr int kRegisters = kUnitRegisters<A>;
-  // Two chains for each sum where there are too few to fill the pipeline.
-  constexpr int kChains = R * N >= 8 || kRegisters < 2 ? 1 : 2;
+  // Two chains for each sum where there are too few to fill the pipeline; groups are chains of their own.
+  constexpr int kChains = Row::kScaled || R * N >= 8 || kRegisters < 2 ? 1 : 2;
   Lanes<A> total[R][N] = {};
   const int64_t step = Row::kScaled ? shape.group : shape.length, groups = Row::kScaled ? shape.groups() : 1;
   if constexpr (Row::kScaled)
@@ -170,12 +189,70 @@ inline void dot_units(const Row* rows, const RowShape& shape, const A* x, int64_
       }
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) out[r * N + n] = sum<A>(total[r][n]);
-  }
+  sum_lanes<R * N, A>(total[0], out);
 }
+
+#if defined(CPU_CAPABILITY_AVX512)
+// Rows whose dots with numbers in bfloat16 go two products at a time, where the processor can. A unit of them is in an
+// order of its own: at place p stands entry paired_entry<Row>(p).
+template <typename Row>
+constexpr bool kPaired = std::is_same_v<Row, PlainRow<c10::BFloat16>> || std::is_same_v<Row, Int4Row>;
+
+template <typename Row>
+constexpr int paired_entry(int p) {
+  return std::is_same_v<Row, Int4Row> ? 16 * (p % 2) + 4 * (p / 8) + p % 8 / 2 : p;
+}
+
+[[gnu::always_inline]] inline __m512i paired_unit(const PlainRow<c10::BFloat16>& row, int64_t k) {
+  return _mm512_loadu_si512(row.data + k);
+}
+
+// A nibble looks up its number, twice in the table because the next nibble's first bit is part of the index.
+[[gnu::always_inline]] inline __m512i paired_unit(const Int4Row& row, int64_t k) {
+  alignas(64) static constexpr uint16_t kNumbers[2][16] = {
+      {0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
+       0xc000, 0xbf80},
+      {0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
+       0xc000, 0xbf80}};
+  const __m512i shift = _mm512_setr_epi64(0, 0, 0x0004000400040004, 0x0004000400040004, 0x0008000800080008,
+                                          0x0008000800080008, 0x000c000c000c000c, 0x000c000c000c000c);
+  const __m512i words = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row.data + k / 2)));
+  return _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, shift), _mm512_load_si512(kNumbers));
+}
+
+// As dot_units, with x in the order of the rows.
+template <int R, int N, typename Row>
+[[gnu::target("avx512bf16")]] inline void paired_dots(const Row* rows, const RowShape& shape, const c10::BFloat16* x,
+                                                      int64_t x_row, float* scales, float* out) {
+  Floats total[R][N] = {};
+  const int64_t step = Row::kScaled ? shape.group : shape.length, groups = Row::kScaled ? shape.groups() : 1;
+  if constexpr (Row::kScaled)
+    for (int r = 0; r < R; ++r) scale_factors(rows[r], groups, 1.0f, scales + r * groups);
+  for (int64_t begin = 0, g = 0; begin < shape.length; begin += step, ++g) {
+    __m512 acc[R][N] = {};
+    for (int64_t k = begin; k < begin + step; k += kUnit) {
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        fetch_ahead(rows[r], k, shape.ahead);
+        const auto w = reinterpret_cast<__m512bh>(paired_unit(rows[r], k));
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n)
+          acc[r][n] = _mm512_dpbf16_ps(acc[r][n], w, reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + n * x_row + k)));
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Floats scale = fill(Row::kScaled ? scales[r * groups + g] : 1.0f);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) total[r][n] += scale * reinterpret<Floats>(acc[r][n]);
+    }
+  }
+  sum_lanes<R * N, float>(total[0], out);
+}
+#else
+template <typename Row>
+constexpr bool kPaired = false;
+#endif
 
 // Rows at a time of dots, by the number of tokens at a time.
 template <int N>
@@ -261,6 +338,14 @@ struct PlainMatrix {
   at::ScalarType type = at::kFloat;
 
   explicit operator bool() const { return data != nullptr; }
+
+  // Fetches rows [first, first + count) into the second-level cache, as far as there are such.
+  [[gnu::always_inline]] void fetch(int64_t first, int64_t count) const {
+    const int64_t bytes = static_cast<int64_t>(c10::elementSize(type));
+    for (int64_t r = first; r < std::min(rows, first + count); ++r)
+      for (int64_t at = 0; at < width * bytes; at += kLine)
+        __builtin_prefetch(static_cast<const char*>(data) + r * stride * bytes + at, 0, 2);
+  }
 
   // Rows [first, first + count) and entries [k0, k0 + length) of them; out[(r - first) * out_row + n].
   void dots(int64_t first, int64_t count, int64_t k0, int64_t length, const A* x, int64_t x_row, int64_t tokens, A* out,

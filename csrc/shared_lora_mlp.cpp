@@ -164,7 +164,7 @@ void decode(const Inputs& in, const at::Tensor& y) {
     for_lanes<A>(0, problem.hidden,
                  [&](int64_t k, auto lanes) { store(x + n * row + k, load(from + k, lanes), lanes); });
   }
-  MlpDecode<A> path(problem, x, row);
+  MlpDecode<A> path(problem, x, row, std::is_same_v<T, c10::BFloat16>);
   if (in.packed) {
     path.packed(packed, y.mutable_data_ptr<T>());
   } else {

@@ -105,28 +105,6 @@ inline void store_tile(A* to, int64_t stride, const Tile<M, N, A>& tile) {
   update_tile(to, stride, tile, [](Lanes<A>, Lanes<A> x, int) { return x; });
 }
 
-// Sums over lanes of four registers.
-template <typename A>
-inline void sum_four(const Lanes<A>* x, A* sums) {
-#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
-  if constexpr (std::is_same_v<A, float>) {
-    __m256 y[4];
-    for (int i = 0; i < 4; ++i) {
-#if defined(CPU_CAPABILITY_AVX512)
-      const __m512 z = reinterpret<__m512>(x[i]);
-      y[i] = _mm256_add_ps(_mm512_castps512_ps256(z), _mm512_extractf32x8_ps(z, 1));
-#else
-      y[i] = reinterpret<__m256>(x[i]);
-#endif
-    }
-    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(y[0], y[1]), _mm256_hadd_ps(y[2], y[3]));
-    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
-    return;
-  }
-#endif
-  for (int i = 0; i < 4; ++i) sums[i] = sum<A>(x[i]);
-}
-
 // F rows of a times C rows of b over tokens, added to out[f * out_row + c].
 template <int F, int C, typename A>
 inline void dot_tile(int64_t tokens, const A* a, const A* b, int64_t stride, A* out, int64_t out_row) {

@@ -94,10 +94,19 @@ inline Doubles load(const double* p, All) {
   return x;
 }
 
+// Without the intrinsics GCC widens the two halves of a register one by one.
 inline Floats load(const c10::BFloat16* p, All) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return reinterpret<Floats>(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return reinterpret<Floats>(
+      _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
+#else
   typename VectorType<uint16_t, kRegisterBytes / 2>::type bits;
   std::memcpy(&bits, p, sizeof(bits));
   return reinterpret<Floats>(__builtin_convertvector(bits, Words) << 16);
+#endif
 }
 
 inline Floats load(const c10::Half* p, All) {
@@ -279,6 +288,28 @@ inline A sum(Lanes<A> x) {
   A total = 0;
   for (int i = 0; i < kLanes<A>; ++i) total += x[i];
   return total;
+}
+
+// Sums over lanes of four registers.
+template <typename A>
+inline void sum_four(const Lanes<A>* x, A* sums) {
+#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+  if constexpr (std::is_same_v<A, float>) {
+    __m256 y[4];
+    for (int i = 0; i < 4; ++i) {
+#if defined(CPU_CAPABILITY_AVX512)
+      const __m512 z = reinterpret<__m512>(x[i]);
+      y[i] = _mm256_add_ps(_mm512_castps512_ps256(z), _mm512_extractf32x8_ps(z, 1));
+#else
+      y[i] = reinterpret<__m256>(x[i]);
+#endif
+    }
+    const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(y[0], y[1]), _mm256_hadd_ps(y[2], y[3]));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+    return;
+  }
+#endif
+  for (int i = 0; i < 4; ++i) sums[i] = sum<A>(x[i]);
 }
 
 template <typename Mask>
