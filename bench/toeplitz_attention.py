@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from _harness import Case, measure
+from _t5_encoder import t5_case
 from torch import Tensor
 
 import llmkern
@@ -175,4 +176,4 @@ test_smooth_gradients = measure([smooth_case(8192, 8, "full")])
 test_rough = measure(rough_case(2**k, 8) for k in range(13, 17))
 test_exact = measure(exact_case(2, 4096, 64, is_causal=causal) for causal in (False, True))
 test_exact_gradients = measure(exact_case(2, 4096, 64, is_causal=causal, mode="full") for causal in (False, True))
-test_t5_base_shape = measure([exact_case(12, 2048, 64, is_causal=False, mode="full")])
+test_t5_encoder = measure([t5_case(2, 4096)])

@@ -18,6 +18,7 @@ void register_rope_attention(torch::Library& library);
 void register_sample_mixed(torch::Library& library);
 void register_shared_lora_mlp(torch::Library& library);
 void register_toeplitz_attention(torch::Library& library);
+void register_toeplitz_fourier(torch::Library& library);
 void register_vas_score(torch::Library& library);
 }  // namespace CPU_CAPABILITY
 
@@ -50,6 +51,7 @@ void register_ops() {
   register_sample_mixed(library);
   register_shared_lora_mlp(library);
   register_toeplitz_attention(library);
+  register_toeplitz_fourier(library);
   register_vas_score(library);
 }
 

@@ -18,9 +18,13 @@ from torch import Tensor
 
 from llmkern.kernels import _tiles
 from llmkern.kernels._tiles import INF
+from llmkern.ops.toeplitz_attention.fourier import fourier_backward_reference, fourier_reference
 from llmkern.ops.toeplitz_attention.reference import toeplitz_exact_backward_reference, toeplitz_exact_reference
 
 LARGEST_HEAD = 128
+
+# Transforms are cuFFT's, through torch.fft.
+toeplitz_fourier_fwd, toeplitz_fourier_bwd = fourier_reference, fourier_backward_reference
 
 
 @triton.jit

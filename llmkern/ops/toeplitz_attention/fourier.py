@@ -3,7 +3,9 @@ r"""Sums over all keys by fast Fourier transforms: for symbols of any shape. One
     N_i = sum_alpha coefficient_alpha x_i^alpha (symbol_alpha * (y^alpha columns))_i
 
 Convolutions are linear: of length N + M - 1 at least, so that nothing wraps around, and a product of powers of 2, 3 and
-5. Symbols are transformed once; features are made and consumed in batches that stay in the cache.
+5. Symbols stand on a circle of that length, distance t at t, or at length + t where it is negative; they are
+transformed once. In C++ features are made and consumed as transforms read and write them; what stands here goes by
+``torch.fft``, in batches that stay in the cache: the reference, and what GPUs run.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from llmkern._library import define_op
 from llmkern.ops.toeplitz_attention.blocks import Gradients
 
 # Numbers that one batch of features transforms at a time.
@@ -37,19 +40,13 @@ class FourierProduct:
 
     def __init__(self, rows: int, keys: int) -> None:
         self.rows, self.keys = rows, keys
-        self.length = fast_length(rows + keys - 1)
+        self.length = fast_length(max(2, rows + keys - 1))
 
     def forward(
         self, x: Tensor, y: Tensor, columns: Tensor, symbols: Tensor, coefficients: Tensor, moments: Tensor
     ) -> Tensor:
         """(rows, c + 1): N, and beside it its last column with the weights ``moments`` in place of the others."""
-        spectrum = self._transform_symbols(symbols)
-        total = columns.new_zeros(columns.shape[1] + 1, self.rows)
-        for part, symbol in self._batches(spectrum, len(x), columns.shape[1]):
-            seen = self._inverse(self._transform(y[part, None] * columns.mT) * symbol, self.rows)
-            total[:-1] += ((x[part] * coefficients[part, None])[:, None] * seen).sum(0)
-            total[-1] += (x[part] * moments[part, None] * seen[:, -1]).sum(0)
-        return total.mT
+        return torch.ops.llmkern.toeplitz_fourier_fwd(x, y, columns, self._circle(symbols), coefficients, moments)
 
     def backward(
         self,
@@ -62,25 +59,9 @@ class FourierProduct:
         want_symbols: bool,
     ) -> Gradients:
         """Of N (rows, c)."""
-        spectrum = self._transform_symbols(symbols)
-        dx, dy, dcolumns = torch.empty_like(x), torch.empty_like(y), torch.zeros_like(columns.mT)
-        dspectrum = torch.zeros_like(spectrum) if want_symbols else None
-        for part, symbol in self._batches(spectrum, len(x), columns.shape[1]):
-            of_keys = self._transform(y[part, None] * columns.mT)
-            of_queries = self._transform((x[part] * coefficients[part, None])[:, None] * grad.mT)
-            seen = self._inverse(of_keys * symbol, self.rows)
-            dx[part] = (grad.mT * seen).sum(1) * coefficients[part, None]
-            pulled = self._inverse(of_queries * symbol.conj(), self.keys)
-            dy[part] = (columns.mT * pulled).sum(1)
-            dcolumns += (y[part, None] * pulled).sum(0)
-            if dspectrum is not None:
-                pairs = (of_queries * of_keys.conj()).sum(1)
-                if len(dspectrum) == 1:
-                    dspectrum += pairs.sum(0, keepdim=True)
-                else:
-                    dspectrum[part] = pairs
-        dsymbols = None if dspectrum is None else self._distances(torch.fft.irfft(dspectrum, n=self.length))
-        return Gradients(dx, dy, dcolumns.mT, dsymbols)
+        inputs = (x, y, columns, self._circle(symbols), coefficients)
+        dx, dy, dcolumns, dcircle = torch.ops.llmkern.toeplitz_fourier_bwd(grad, *inputs, want_symbols)
+        return Gradients(dx, dy, dcolumns, self._distances(dcircle) if want_symbols else None)
 
     def errors(self, x: Tensor, y: Tensor, weights: Tensor, symbols: Tensor, _: Tensor | None) -> Tensor:
         """(rows, 2): zero, and what the rounding of transforms adds to sums of monomials of these weights."""
@@ -89,26 +70,12 @@ class FourierProduct:
         slack = x.abs().mT @ (unit * weights * norms)
         return torch.stack([torch.zeros_like(slack), slack], 1)
 
-    def _batches(self, spectrum: Tensor, features: int, width: int) -> Iterator[tuple[slice, Tensor]]:
-        """Features, and spectra that fit their transforms (features, c, frequencies)."""
-        step = max(1, BATCH // (self.length * width))
-        for begin in range(0, features, step):
-            part = slice(begin, begin + step)
-            yield part, (spectrum if len(spectrum) == 1 else spectrum[part])[:, None]
-
-    def _transform(self, x: Tensor) -> Tensor:
-        return torch.fft.rfft(x, n=self.length)
-
-    def _inverse(self, spectrum: Tensor, count: int) -> Tensor:
-        return torch.fft.irfft(spectrum, n=self.length)[..., :count]
-
-    def _transform_symbols(self, symbols: Tensor) -> Tensor:
-        """Distance t stands at t, or at length + t where it is negative."""
+    def _circle(self, symbols: Tensor) -> Tensor:
         circle = symbols.new_zeros(len(symbols), self.length)
         circle[:, : self.rows] = symbols[:, self.keys - 1 :]
         if self.keys > 1:
             circle[:, 1 - self.keys :] = symbols[:, : self.keys - 1]
-        return torch.fft.rfft(circle)
+        return circle
 
     def _distances(self, circle: Tensor) -> Tensor:
         """The transpose of the placing above."""
@@ -117,3 +84,75 @@ class FourierProduct:
         if self.keys > 1:
             symbols[:, : self.keys - 1] = circle[:, 1 - self.keys :]
         return symbols
+
+
+# The products by torch.fft --------------------------------------------------------------------------------------------
+
+
+def _batches(spectrum: Tensor, features: int, width: int, length: int) -> Iterator[tuple[slice, Tensor]]:
+    """Features, and spectra that fit their transforms (features, c, frequencies)."""
+    step = max(1, BATCH // (length * width))
+    for begin in range(0, features, step):
+        part = slice(begin, begin + step)
+        yield part, (spectrum if len(spectrum) == 1 else spectrum[part])[:, None]
+
+
+def fourier_reference(
+    x: Tensor, y: Tensor, columns: Tensor, circle: Tensor, coefficients: Tensor, moments: Tensor
+) -> Tensor:
+    """x (R, rows), y (R, keys), columns (keys, c), circle (1 or R, length) -> as ``FourierProduct.forward``."""
+    rows, length, spectrum = x.shape[1], circle.shape[1], torch.fft.rfft(circle)
+    total = columns.new_zeros(columns.shape[1] + 1, rows)
+    for part, symbol in _batches(spectrum, len(x), columns.shape[1], length):
+        of_keys = torch.fft.rfft(y[part, None] * columns.mT, n=length)
+        seen = torch.fft.irfft(of_keys * symbol, n=length)[..., :rows]
+        total[:-1] += ((x[part] * coefficients[part, None])[:, None] * seen).sum(0)
+        total[-1] += (x[part] * moments[part, None] * seen[:, -1]).sum(0)
+    return total.mT
+
+
+def fourier_backward_reference(
+    grad: Tensor, x: Tensor, y: Tensor, columns: Tensor, circle: Tensor, coefficients: Tensor, want_symbols: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, y, columns and circle; the last is empty where it is not wanted."""
+    rows, keys, length, spectrum = x.shape[1], y.shape[1], circle.shape[1], torch.fft.rfft(circle)
+    dx, dy, dcolumns = torch.empty_like(x), torch.empty_like(y), torch.zeros_like(columns.mT)
+    dspectrum = torch.zeros_like(spectrum) if want_symbols else None
+    for part, symbol in _batches(spectrum, len(x), columns.shape[1], length):
+        of_keys = torch.fft.rfft(y[part, None] * columns.mT, n=length)
+        of_queries = torch.fft.rfft((x[part] * coefficients[part, None])[:, None] * grad.mT, n=length)
+        seen = torch.fft.irfft(of_keys * symbol, n=length)[..., :rows]
+        dx[part] = (grad.mT * seen).sum(1) * coefficients[part, None]
+        pulled = torch.fft.irfft(of_queries * symbol.conj(), n=length)[..., :keys]
+        dy[part] = (columns.mT * pulled).sum(1)
+        dcolumns += (y[part, None] * pulled).sum(0)
+        if dspectrum is not None:
+            pairs = (of_queries * of_keys.conj()).sum(1)
+            if len(dspectrum) == 1:
+                dspectrum += pairs.sum(0, keepdim=True)
+            else:
+                dspectrum[part] = pairs
+    dcircle = circle.new_empty(0) if dspectrum is None else torch.fft.irfft(dspectrum, n=length)
+    return dx, dy, dcolumns.mT, dcircle
+
+
+define_op(
+    "toeplitz_fourier_fwd",
+    "(Tensor x, Tensor y, Tensor columns, Tensor circle, Tensor coefficients, Tensor moments) -> Tensor",
+    stem="toeplitz_attention",
+    reference=fourier_reference,
+    fake=lambda x, y, columns, *_: x.new_empty(columns.shape[1] + 1, x.shape[1]).mT,
+)
+define_op(
+    "toeplitz_fourier_bwd",
+    "(Tensor grad, Tensor x, Tensor y, Tensor columns, Tensor circle, Tensor coefficients, bool want_symbols)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    stem="toeplitz_attention",
+    reference=fourier_backward_reference,
+    fake=lambda grad, x, y, columns, circle, coefficients, want_symbols: (
+        torch.empty_like(x),
+        torch.empty_like(y),
+        columns.new_empty(columns.shape[::-1]).mT,
+        circle.new_empty(circle.shape if want_symbols else 0),
+    ),
+)
