@@ -20,80 +20,94 @@ inline namespace CPU_CAPABILITY {
 // Elements of blocks whose remaining stages run one after the other: 32 KiB, within the first-level cache.
 constexpr int64_t kSmallTransform = 32 * 1024 / (2 * kRegisterBytes);
 
+// Arrays of registers stay in registers only where every index is a constant before loops are looked at: so loops over
+// them are no loops, and what they call is inlined first.
+#define LLMKERN_INLINE __attribute__((always_inline))
+
+template <int N, typename Body>
+LLMKERN_INLINE inline void unrolled(Body body) {
+  [&]<int... I>(std::integer_sequence<int, I...>)
+      LLMKERN_INLINE { (body(std::integral_constant<int, I>{}), ...); }(std::make_integer_sequence<int, N>{});
+}
+
 template <typename A>
 struct Complex {
   Lanes<A> re, im;
 
-  Complex operator+(const Complex& y) const { return {re + y.re, im + y.im}; }
-  Complex operator-(const Complex& y) const { return {re - y.re, im - y.im}; }
+  LLMKERN_INLINE Complex operator+(const Complex& y) const { return {re + y.re, im + y.im}; }
+  LLMKERN_INLINE Complex operator-(const Complex& y) const { return {re - y.re, im - y.im}; }
   template <typename B>
-  Complex times(B c, B s) const {
+  LLMKERN_INLINE Complex times(B c, B s) const {
     return {re * c - im * s, re * s + im * c};
   }
-  Complex times(const Complex& y) const { return times(y.re, y.im); }
-  Complex conj() const { return {re, -im}; }
+  LLMKERN_INLINE Complex times(const Complex& y) const { return times(y.re, y.im); }
+  LLMKERN_INLINE Complex scaled(A c) const { return {re * c, im * c}; }
+  LLMKERN_INLINE Complex conj() const { return {re, -im}; }
   // Times i sign.
   template <int kSign>
-  Complex turned() const {
+  LLMKERN_INLINE Complex turned() const {
     return kSign > 0 ? Complex{-im, re} : Complex{im, -re};
   }
 };
 
 template <typename A>
-inline Complex<A> load_complex(const A* p) {
+LLMKERN_INLINE inline Complex<A> load_complex(const A* p) {
   return {load(p, All{}), load(p + kLanes<A>, All{})};
 }
 
 template <typename A>
-inline void store_complex(A* p, const Complex<A>& x) {
+LLMKERN_INLINE inline void store_complex(A* p, const Complex<A>& x) {
   store(p, x.re, All{});
   store(p + kLanes<A>, x.im, All{});
 }
 
+template <int kSign, typename A>
+LLMKERN_INLINE inline void transform_four(Complex<A>& a, Complex<A>& b, Complex<A>& c, Complex<A>& d) {
+  const Complex<A> s = a + c, t = a - c, u = b + d, v = (b - d).template turned<kSign>();
+  a = s + u, b = t + v, c = s - u, d = t - v;
+}
+
+template <int kSign, typename A>
+LLMKERN_INLINE inline void transform_odd(Complex<A> (&x)[3]) {
+  const A c = static_cast<A>(-0.5), s = static_cast<A>(std::numbers::sqrt3 / 2);
+  const Complex<A> sum = x[1] + x[2], even = x[0] + sum.scaled(c);
+  const Complex<A> odd = (x[1] - x[2]).template turned<kSign>().scaled(s);
+  x[0] = x[0] + sum, x[1] = even + odd, x[2] = even - odd;
+}
+
+template <int kSign, typename A>
+LLMKERN_INLINE inline void transform_odd(Complex<A> (&x)[5]) {
+  // Cosines and sines of 72 and of 144 degrees.
+  const A c1 = static_cast<A>(0.30901699437494742410), c2 = static_cast<A>(-0.80901699437494742410),
+          s1 = static_cast<A>(0.95105651629515357212), s2 = static_cast<A>(0.58778525229247312917);
+  const Complex<A> near = x[1] + x[4], far = x[2] + x[3];
+  const Complex<A> dn = (x[1] - x[4]).template turned<kSign>(), df = (x[2] - x[3]).template turned<kSign>();
+  const Complex<A> even1 = x[0] + near.scaled(c1) + far.scaled(c2), odd1 = dn.scaled(s1) + df.scaled(s2);
+  const Complex<A> even2 = x[0] + near.scaled(c2) + far.scaled(c1), odd2 = dn.scaled(s2) - df.scaled(s1);
+  x[0] = x[0] + near + far;
+  x[1] = even1 + odd1, x[2] = even2 + odd2, x[3] = even2 - odd2, x[4] = even1 - odd1;
+}
+
 // x_k = sum_q e^{sign 2 pi i q k / R} x_q, in place.
 template <int R, int kSign, typename A>
-inline void small_transform(Complex<A> (&x)[R]) {
+LLMKERN_INLINE inline void small_transform(Complex<A> (&x)[R]) {
   if constexpr (R == 2) {
     const Complex<A> a = x[0], b = x[1];
     x[0] = a + b, x[1] = a - b;
-  } else if constexpr (R == 4 || R == 8) {
-    Complex<A> even[R / 2], odd[R / 2];
-#pragma GCC unroll 8
-    for (int q = 0; q < R / 2; ++q) even[q] = x[2 * q], odd[q] = x[2 * q + 1];
-    small_transform<R / 2, kSign>(even);
-    small_transform<R / 2, kSign>(odd);
-    if constexpr (R == 8) {
-      const A half = static_cast<A>(std::numbers::sqrt2 / 2);
-      const Complex<A> one = odd[1] + odd[1].template turned<kSign>();
-      const Complex<A> three = odd[3].template turned<kSign>() - odd[3];
-      odd[1] = {one.re * half, one.im * half}, odd[3] = {three.re * half, three.im * half};
-    }
-    odd[R / 4] = odd[R / 4].template turned<kSign>();
-#pragma GCC unroll 8
-    for (int k = 0; k < R / 2; ++k) x[k] = even[k] + odd[k], x[k + R / 2] = even[k] - odd[k];
+  } else if constexpr (R == 4) {
+    transform_four<kSign>(x[0], x[1], x[2], x[3]);
+  } else if constexpr (R == 8) {
+    transform_four<kSign>(x[0], x[2], x[4], x[6]);
+    transform_four<kSign>(x[1], x[3], x[5], x[7]);
+    const A half = static_cast<A>(std::numbers::sqrt2 / 2);
+    const Complex<A> e1 = x[2], e2 = x[4], e3 = x[6], o0 = x[1];
+    const Complex<A> o1 = (x[3] + x[3].template turned<kSign>()).scaled(half);
+    const Complex<A> o2 = x[5].template turned<kSign>();
+    const Complex<A> o3 = (x[7].template turned<kSign>() - x[7]).scaled(half);
+    x[4] = x[0] - o0, x[0] = x[0] + o0;
+    x[1] = e1 + o1, x[5] = e1 - o1, x[2] = e2 + o2, x[6] = e2 - o2, x[3] = e3 + o3, x[7] = e3 - o3;
   } else {
-    constexpr int kHalf = R / 2;
-    Complex<A> sums[kHalf], differences[kHalf], total = x[0];
-#pragma GCC unroll 8
-    for (int q = 0; q < kHalf; ++q) {
-      sums[q] = x[q + 1] + x[R - 1 - q];
-      differences[q] = (x[q + 1] - x[R - 1 - q]).template turned<kSign>();
-      total = total + sums[q];
-    }
-    const Complex<A> first = x[0];
-    x[0] = total;
-#pragma GCC unroll 8
-    for (int k = 1; k <= kHalf; ++k) {
-      Complex<A> even = first, odd{};
-#pragma GCC unroll 8
-      for (int q = 1; q <= kHalf; ++q) {
-        const double angle = 2 * std::numbers::pi * (q * k % R) / R;
-        const A c = static_cast<A>(std::cos(angle)), s = static_cast<A>(std::sin(angle));
-        even = even + Complex<A>{sums[q - 1].re * c, sums[q - 1].im * c};
-        odd = odd + Complex<A>{differences[q - 1].re * s, differences[q - 1].im * s};
-      }
-      x[k] = even + odd, x[R - k] = even - odd;
-    }
+    transform_odd<kSign>(x);
   }
 }
 
@@ -203,16 +217,18 @@ class Transform {
   }
 
   template <int R>
-  static void turn_there(const A* turns, Complex<A> (&x)[R]) {
+  LLMKERN_INLINE static void turn_there(const A* turns, Complex<A> (&x)[R]) {
     small_transform<R, -1>(x);
-#pragma GCC unroll 8
-    for (int k = 1; k < R; ++k) x[k] = x[k].times(fill(turns[2 * k - 2]), fill(turns[2 * k - 1]));
+    unrolled<R - 1>([&](auto k)
+                        LLMKERN_INLINE { x[k + 1] = x[k + 1].times(fill(turns[2 * k]), fill(turns[2 * k + 1])); });
   }
 
   template <int R>
-  static void turn_back(const A* turns, Complex<A> (&x)[R]) {
-#pragma GCC unroll 8
-    for (int k = 1; k < R; ++k) x[k] = x[k].times(fill(turns[2 * k - 2]), fill(-turns[2 * k - 1]));
+  LLMKERN_INLINE static void turn_back(const A* turns, Complex<A> (&x)[R]) {
+    unrolled<R - 1>([&](auto k) LLMKERN_INLINE {
+      const Lanes<A> c = fill(turns[2 * k]), s = fill(turns[2 * k + 1]);
+      x[k + 1] = {x[k + 1].re * c + x[k + 1].im * s, x[k + 1].im * c - x[k + 1].re * s};
+    });
     small_transform<R, 1>(x);
   }
 
@@ -222,11 +238,9 @@ class Transform {
       for (int64_t j = 0; j < step; ++j) {
         A* at = buffer + (begin + j) * kElement;
         Complex<A> x[R];
-#pragma GCC unroll 8
-        for (int q = 0; q < R; ++q) x[q] = load_complex(at + q * step * kElement);
+        unrolled<R>([&](auto q) LLMKERN_INLINE { x[q] = load_complex(at + q * step * kElement); });
         turn_there<R>(stage.turns.data() + 2 * (R - 1) * j, x);
-#pragma GCC unroll 8
-        for (int k = 0; k < R; ++k) store_complex(at + k * step * kElement, x[k]);
+        unrolled<R>([&](auto k) LLMKERN_INLINE { store_complex(at + k * step * kElement, x[k]); });
       }
     });
   }
@@ -237,30 +251,26 @@ class Transform {
       for (int64_t j = 0; j < step; ++j) {
         A* at = buffer + (begin + j) * kElement;
         Complex<A> x[R];
-#pragma GCC unroll 8
-        for (int k = 0; k < R; ++k) x[k] = load_complex(at + k * step * kElement);
+        unrolled<R>([&](auto k) LLMKERN_INLINE { x[k] = load_complex(at + k * step * kElement); });
         turn_back<R>(stage.turns.data() + 2 * (R - 1) * j, x);
-#pragma GCC unroll 8
-        for (int q = 0; q < R; ++q) store_complex(at + q * step * kElement, x[q]);
+        unrolled<R>([&](auto q) LLMKERN_INLINE { store_complex(at + q * step * kElement, x[q]); });
       }
     });
   }
 
+  // The stages that meet the outside.
   template <int R, typename Read>
   void first_pass(const Stage& stage, A* buffer, Read read) const {
     const int64_t step = stage.block / R;
     alignas(64) Complex<A> runs[R][kRun];
     for (int64_t j = 0; j < step; j += kRun) {
       const int64_t n = std::min(kRun, step - j);
-#pragma GCC unroll 8
-      for (int q = 0; q < R; ++q) read(j + q * step, n, runs[q]);
+      for (int64_t q = 0; q < R; ++q) read(j + q * step, n, runs[q]);
       for (int64_t i = 0; i < n; ++i) {
         Complex<A> x[R];
-#pragma GCC unroll 8
-        for (int q = 0; q < R; ++q) x[q] = runs[q][i];
+        unrolled<R>([&](auto q) LLMKERN_INLINE { x[q] = runs[q][i]; });
         turn_there<R>(stage.turns.data() + 2 * (R - 1) * (j + i), x);
-#pragma GCC unroll 8
-        for (int k = 0; k < R; ++k) store_complex(buffer + (k * step + j + i) * kElement, x[k]);
+        unrolled<R>([&](auto k) LLMKERN_INLINE { store_complex(buffer + (k * step + j + i) * kElement, x[k]); });
       }
     }
   }
@@ -273,14 +283,11 @@ class Transform {
       const int64_t n = std::min(kRun, step - j);
       for (int64_t i = 0; i < n; ++i) {
         Complex<A> x[R];
-#pragma GCC unroll 8
-        for (int k = 0; k < R; ++k) x[k] = load_complex(buffer + (k * step + j + i) * kElement);
+        unrolled<R>([&](auto k) LLMKERN_INLINE { x[k] = load_complex(buffer + (k * step + j + i) * kElement); });
         turn_back<R>(stage.turns.data() + 2 * (R - 1) * (j + i), x);
-#pragma GCC unroll 8
-        for (int q = 0; q < R; ++q) runs[q][i] = x[q];
+        unrolled<R>([&](auto q) LLMKERN_INLINE { runs[q][i] = x[q]; });
       }
-#pragma GCC unroll 8
-      for (int q = 0; q < R; ++q) write(j + q * step, n, runs[q]);
+      for (int64_t q = 0; q < R; ++q) write(j + q * step, n, runs[q]);
     }
   }
 

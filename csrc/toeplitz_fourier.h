@@ -14,22 +14,22 @@ namespace llmkern {
 inline namespace CPU_CAPABILITY {
 
 // x[i][lane] <-> x[lane][i].
-template <typename A>
-inline void transpose(Lanes<A> (&x)[kLanes<A>]) {
+template <typename A, int kWidth = 1>
+LLMKERN_INLINE inline void transpose(Lanes<A> (&x)[kLanes<A>]) {
   using Places = Lanes<std::conditional_t<sizeof(A) == 4, int32_t, int64_t>>;
-#pragma GCC unroll 4
-  for (int width = 1; width < kLanes<A>; width *= 2) {
+  if constexpr (kWidth < kLanes<A>) {
     Places low, high;
     for (int i = 0; i < kLanes<A>; ++i) {
-      low[i] = i & width ? kLanes<A> + i - width : i;
-      high[i] = i & width ? kLanes<A> + i : i + width;
+      low[i] = i & kWidth ? kLanes<A> + i - kWidth : i;
+      high[i] = i & kWidth ? kLanes<A> + i : i + kWidth;
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes<A>; ++i) {
-      if (i & width) continue;
-      const Lanes<A> a = x[i], b = x[i | width];
-      x[i] = __builtin_shuffle(a, b, low), x[i | width] = __builtin_shuffle(a, b, high);
-    }
+    unrolled<kLanes<A>>([&](auto i) LLMKERN_INLINE {
+      if constexpr (!(i & kWidth)) {
+        const Lanes<A> a = x[i], b = x[i | kWidth];
+        x[i] = __builtin_shuffle(a, b, low), x[i | kWidth] = __builtin_shuffle(a, b, high);
+      }
+    });
+    transpose<A, 2 * kWidth>(x);
   }
 }
 

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from llmkern._library import bad_type, bad_value
+from llmkern._library import bad_value
+from llmkern.integrations._relative import NAME, refuse_dropout, replace_attention
 from llmkern.ops.toeplitz_attention import RelativeBias, toeplitz_attention
-
-NAME = "use_toeplitz_attention"
 
 
 class ToeplitzT5Attention(T5Attention):
@@ -22,9 +21,7 @@ class ToeplitzT5Attention(T5Attention):
     ) -> tuple[Tensor, Any, None]:
         if options.get("key_value_states") is not None or options.get("past_key_values") is not None:
             raise bad_value(NAME, "self-attention of an encoder", "cross-attention or a cache")
-        if self.training and self.dropout:
-            fix = "set attention dropout to 0 (module.dropout), no weights are ever stored"
-            raise bad_value(NAME, "no dropout of attention weights in training", self.dropout, fix)
+        refuse_dropout(self, self.dropout)
         q, k, v = (
             project(hidden_states).unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
             for project in (self.q, self.k, self.v)
@@ -47,8 +44,4 @@ def use_toeplitz_attention(model: Any) -> Any:
     """In place: self-attention of a T5 encoder, as it is or in an encoder-decoder, by one op; parameters stay."""
     encoder = getattr(model, "encoder", None)
     found = [m for m in ([] if encoder is None else encoder.modules()) if type(m) is T5Attention]
-    if not found:
-        raise bad_type(NAME, "a T5 model with an encoder", type(model).__name__)
-    for module in found:
-        module.__class__ = ToeplitzT5Attention
-    return model
+    return replace_attention(model, found, {T5Attention: ToeplitzT5Attention}, "a T5 model with an encoder")
