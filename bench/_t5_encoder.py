@@ -17,7 +17,7 @@ WIDTH, HEADS, HEAD_DIM, HIDDEN = 768, 12, 64, 2048
 
 @functools.cache
 def models(layers: int) -> dict[str, Any]:
-    """By provider; transformers' choice of its own is SDPA, with a mask that carries the bias."""
+    """By provider; what transformers chooses by itself is SDPA with a mask that carries the bias."""
     from transformers import T5Config, T5EncoderModel
 
     from llmkern.integrations.t5 import use_toeplitz_attention
@@ -26,13 +26,7 @@ def models(layers: int) -> dict[str, Any]:
     sizes = {"d_model": WIDTH, "d_kv": HEAD_DIM, "num_heads": HEADS, "d_ff": HIDDEN, "num_layers": layers}
     config = T5Config(vocab_size=2, dropout_rate=0.0, feed_forward_proj="gated-gelu", **sizes)
     model = T5EncoderModel(config).train()
-    eager = copy.deepcopy(model)
-    eager.set_attn_implementation("eager")
-    return {
-        "llmkern": use_toeplitz_attention(copy.deepcopy(model)),
-        "transformers sdpa": model,
-        "transformers eager": eager,
-    }
+    return {"llmkern": use_toeplitz_attention(copy.deepcopy(model)), "transformers": model}
 
 
 def inputs(layers: int, tokens: int, device: str) -> tuple[Any, ...]:
@@ -62,7 +56,7 @@ def agree(results: dict[str, Any], arguments: tuple[Any, ...], *, case: Case) ->
 
 def t5_case(layers: int, tokens: int) -> Case:
     terms = WIDTH * (4 * HEADS * HEAD_DIM + 3 * HIDDEN)
-    names = ("llmkern", "transformers sdpa", "transformers eager")
+    names = ("llmkern", "transformers")
     case = Case(
         op="toeplitz_attention",
         name=f"t5-base-encoder-l{layers}-n{tokens}",
@@ -74,7 +68,7 @@ def t5_case(layers: int, tokens: int) -> Case:
         # Products with weights are of three sizes alike; those of attention two forward and five backward.
         flops=layers * tokens * 2 * (3 * terms + 7 * HEADS * tokens * HEAD_DIM),
         mode="full",
-        base="transformers sdpa",
+        base="transformers",
         devices=("cpu",),
     )
     return dataclasses.replace(case, agree=functools.partial(agree, case=case))

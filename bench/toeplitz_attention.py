@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from _harness import Case, measure
 from _t5_encoder import t5_case
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import llmkern
 from llmkern.ops.toeplitz_attention.fourier import fast_length
@@ -53,6 +54,19 @@ def with_kept_bias(is_causal: bool) -> Callable[..., Tensor]:
     return attend
 
 
+def by_flex(is_causal: bool) -> Callable[..., Tensor]:
+    """flex_attention, whose score_mod reads the table; on CPUs torch has no backward of it."""
+    compiled = torch.compile(flex_attention)
+    blocks = functools.cache(lambda n, device: create_block_mask(lambda b, h, i, j: i >= j, None, None, n, n, device))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        n = q.shape[2]
+        mask = blocks(n, str(q.device)) if is_causal else None
+        return compiled(q, k, v, lambda s, b, h, i, j: s + table[h, i - j + n - 1], mask)
+
+    return attend
+
+
 def ours(q: Tensor, k: Tensor, v: Tensor, table: Tensor, *, is_causal: bool) -> Tensor:
     return llmkern.toeplitz_attention(
         q, k, v, relative=llmkern.RelativeBias(table), is_causal=is_causal, method="exact"
@@ -63,14 +77,16 @@ def exact_case(
     heads: int, tokens: int, dim: int, *, is_causal: bool, mode: str = "forward", sweep: str | None = None
 ) -> Case:
     pairs = heads * tokens * tokens * (0.5 if is_causal else 1.0)
-    peer = functools.partial(with_dense_bias, is_causal=is_causal) if mode == "full" else with_kept_bias(is_causal)
+    peers = {"torch": functools.partial(with_dense_bias, is_causal=is_causal)}
+    if mode == "forward":
+        peers = {"torch": with_kept_bias(is_causal), "torch flex": by_flex(is_causal)}
     return Case(
         op="toeplitz_attention",
         name=f"exact-h{heads}-n{tokens}-d{dim}{'-causal' if is_causal else ''}",
         dtype=torch.float32,
         shape={"H": heads, "N": tokens, "D": dim},
         inputs=functools.partial(tensors, heads, tokens, dim),
-        providers={"llmkern": functools.partial(ours, is_causal=is_causal), "torch": peer},
+        providers={"llmkern": functools.partial(ours, is_causal=is_causal), **peers},
         bytes=4 * 4 * heads * tokens * dim * (3 if mode == "full" else 1),
         # Two products of n^2 d forward, five more backward, each of two operations a term.
         flops=pairs * dim * 2 * (7 if mode == "full" else 2),

@@ -22,14 +22,14 @@ struct Call {
   Sequences sequences;
 
   Call(const at::Tensor& x_, const at::Tensor& y_, const at::Tensor& columns_, const at::Tensor& circle,
-       const at::Tensor& coefficients_, const at::Tensor& moments_)
+       const at::Tensor& coefficients_, const at::Tensor& moments_, bool by_column)
       : x(x_.contiguous()),
         y(y_.contiguous()),
         columns(columns_.t().contiguous()),
         coefficients(coefficients_.contiguous()),
         moments(moments_.contiguous()),
         transform(Transform<A>::of(circle.size(1))),
-        sequences{x.size(0), columns.size(0), circle.size(0) > 1} {
+        sequences{x.size(0), columns.size(0), circle.size(0) > 1, by_column} {
     TORCH_CHECK_VALUE(circle.size(1) >= x.size(1) + y.size(1) - 1, "toeplitz_attention: expected a circle of at least ",
                       x.size(1) + y.size(1) - 1, " distances, got ", circle.size(1));
     TORCH_CHECK_VALUE(circle.size(0) == 1 || circle.size(0) == x.size(0), "toeplitz_attention: expected one symbol or ",
@@ -47,6 +47,8 @@ struct Call {
   }
   int64_t tasks() const { return sequences.tasks<A>(); }
   int64_t parts() const { return std::min(kParts, tasks()); }
+  // First task of a part.
+  int64_t begin(int64_t part) const { return part * tasks() / parts(); }
   FourierProblem<A> problem() const {
     return {*transform,
             sequences,
@@ -59,7 +61,7 @@ struct Call {
   }
   static Rows<A> rows(const at::Tensor& t) { return {t.const_data_ptr<A>(), t.size(1)}; }
 
-  // body(part, first task, last task, buffers): each part by one thread.
+  // body(part, buffers): each part by one thread.
   template <typename Body>
   void for_parts(int64_t count, Body body) const {
     const int64_t parts = this->parts();
@@ -69,8 +71,7 @@ struct Call {
       std::vector<A*> each;
       for (int64_t b = 0; b < count; ++b) each.push_back(scratch.mutable_data_ptr<A>() + b * scratch.size(1));
       each.resize(4, nullptr);
-      for (int64_t part = next++; part < parts; part = next++)
-        body(part, part * tasks() / parts, (part + 1) * tasks() / parts, each.data());
+      for (int64_t part = next++; part < parts; part = next++) body(part, each.data());
     });
   }
 };
@@ -89,12 +90,12 @@ class Partial {
     for (int64_t i = 1; i < sums_.size(0); ++i) total = total.add_(sums_.select(0, i));
     return total;
   }
-  // Rows of every task to those of all features, of which task ``number`` holds those from first(number) on.
+  // Rows of every part added to those of all, of which part ``number`` holds those from first(number) on.
   template <typename First>
-  at::Tensor spread(int64_t features, First first) const {
-    const at::Tensor all = at::zeros({features, sums_.size(2)}, sums_.options());
+  at::Tensor spread(int64_t count, First first) const {
+    const at::Tensor all = at::zeros({count, sums_.size(2)}, sums_.options());
     for (int64_t i = 0; i < sums_.size(0); ++i) {
-      const int64_t rows = std::min(sums_.size(1), features - first(i));
+      const int64_t rows = std::min(sums_.size(1), count - first(i));
       all.narrow(0, first(i), rows).add_(sums_.select(0, i).narrow(0, 0, rows));
     }
     return all;
@@ -109,14 +110,23 @@ at::Tensor toeplitz_fourier_fwd(const at::Tensor& x, const at::Tensor& y, const 
   at::Tensor out;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "toeplitz_fourier_fwd", [&] {
     using A = scalar_t;
-    const Call<A> call(x, y, columns, circle, coefficients, moments);
+    const Call<A> call(x, y, columns, circle, coefficients, moments, true);
     const FourierProblem<A> in = call.problem();
-    const Partial<A> sums(call.parts(), columns.size(1) + 1, x.size(1), x);
-    call.for_parts(call.sequences.own_symbols ? 2 : 1,
-                   [&](int64_t part, int64_t first, int64_t last, A* const* buffers) {
-                     for (int64_t task = first; task < last; ++task) fourier_forward(in, task, buffers, sums.of(part));
-                   });
-    out = sums.total().t();
+    const int64_t rows = columns.size(1) + 1;
+    const auto columns_of = [&](int64_t part) {
+      return call.sequences.columns_of<A>(call.begin(part), call.begin(part + 1));
+    };
+    int64_t most = 0;
+    for (int64_t part = 0; part < call.parts(); ++part) {
+      const auto [begin, end] = columns_of(part);
+      most = std::max(most, end - begin);
+    }
+    const Partial<A> sums(call.parts(), most, x.size(1), x);
+    call.for_parts(call.sequences.own_symbols ? 2 : 1, [&](int64_t part, A* const* buffers) {
+      for (int64_t task = call.begin(part); task < call.begin(part + 1); ++task)
+        fourier_forward(in, task, buffers, sums.of(part, columns_of(part).first));
+    });
+    out = sums.spread(rows, [&](int64_t part) { return columns_of(part).first; }).t();
   });
   return out;
 }
@@ -127,7 +137,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> toeplitz_fourier_bwd(
   at::Tensor dx, dy, dcolumns, dcircle = at::empty({0}, circle.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "toeplitz_fourier_bwd", [&] {
     using A = scalar_t;
-    const Call<A> call(x, y, columns, circle, coefficients, coefficients);
+    const Call<A> call(x, y, columns, circle, coefficients, coefficients, false);
     const FourierProblem<A> in = call.problem();
     const at::Tensor slope = grad.t().contiguous();
     const bool own = call.sequences.own_symbols, shared = want_symbols && !own;
@@ -145,8 +155,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> toeplitz_fourier_bwd(
     call.for_parts(want_symbols && own ? 4
                    : own               ? 3
                                        : 2,
-                   [&](int64_t part, int64_t first, int64_t last, A* const* buffers) {
-                     for (int64_t task = first; task < last; ++task) {
+                   [&](int64_t part, A* const* buffers) {
+                     for (int64_t task = call.begin(part); task < call.begin(part + 1); ++task) {
                        const int64_t begin = first_of(task);
                        const FourierGradients<A> to{
                            Call<A>::rows(slope),

@@ -59,6 +59,7 @@ struct Sequence {
 struct Sequences {
   int64_t features, width;
   bool own_symbols;  // Then both sequences of a pair are of one feature.
+  bool by_column;    // Else by feature; of symbols of their own they always are.
 
   int64_t pairs() const { return own_symbols ? features * ((width + 1) / 2) : (features * width + 1) / 2; }
   template <typename A>
@@ -72,7 +73,15 @@ struct Sequences {
       return {column < width ? pair / each : -1, column};
     }
     const int64_t s = 2 * pair + part;
-    return {s < features * width ? s / width : -1, s % width};
+    if (s >= features * width) return {-1, 0};
+    return by_column ? Sequence{s % features, s / features} : Sequence{s / width, s % width};
+  }
+  // Columns that tasks [first, last) have to do with, and with the last of them one more: [begin, end).
+  template <typename A>
+  std::pair<int64_t, int64_t> columns_of(int64_t first, int64_t last) const {
+    if (own_symbols || !by_column) return {0, width + 1};
+    const int64_t each = 2 * kLanes<A>, end = (std::min(last * each, features * width) - 1) / features + 1;
+    return {first * each / features, end == width ? end + 1 : end};
   }
   // Features that a task has to do with: [begin, end).
   template <typename A>

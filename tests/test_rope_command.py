@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from llmkern.__main__ import main
 from llmkern.demo.cache import Cache
-from llmkern.papers.rope import experiment, measure, model, report, synthetic
+from llmkern.papers.rope import experiment, general, measure, model, report, synthetic
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -157,6 +157,22 @@ def test_gradients_get_closer_with_rtol():
     assert synthetic.gradient_row(400, 4, 15.0, 1e-4, False) is None
 
 
+def test_the_general_case_agrees_with_dense_attention():
+    """And the fast methods are no exact ones; the matrix is of norm 1 at most and no product of functions."""
+    found = {method: general.agreement(general.LEAST, method) for method in general.METHODS}
+    assert max(found["exact"].row, found["exact"].dq, found["exact"].dk, found["exact"].dw) <= 1e-11
+    for method in ("blocks", "fft"):
+        assert 1e-9 < found[method].row <= general.RTOL
+        assert max(found[method].dq, found[method].dk, found[method].dv, found[method].dw) <= general.RTOL**0.5
+    matrix = general.general_matrix(50, 4, torch.float64)
+    dense = torch.zeros(99, 4, 4, dtype=torch.float64)
+    dense[:, matrix.support[:, 0], matrix.support[:, 1]] = matrix.matrix[0].mT
+    assert torch.linalg.matrix_norm(dense, 2).max() <= 1
+    # Of a function that factorises, f(i - j) = g(i) h(j), this matrix has rank one.
+    i = torch.arange(25)
+    assert torch.linalg.matrix_rank(matrix.matrix[0, 3][i[:, None] - i[None, :] + 49], rtol=1e-6) > 2
+
+
 @pytest.mark.usefixtures("slow_exact_attention")
 def test_threshold_is_the_edge():
     edge = synthetic.largest_fast_bound(8192, 4, 1e-2, True, steps=4)
@@ -180,8 +196,12 @@ def test_reproduce_writes_its_tables(tmp_path, monkeypatch, capsys):
     assert main(["reproduce", "rope", "--longest", "2048", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "The moment certificate holds in 8 of 8 cells" in out
+    assert "of max|v - o|, within rtol 0.01" in out.replace("\n", " ")
     text = (tmp_path / "rope.csv").read_text()
-    for title, *_ in experiment.tables({"times": [], "degrees": [], "thresholds": [], "gradients": [], "dim": 4}):
+    empty = {"agreement": [], "times": []}
+    for title, *_ in experiment.tables(
+        {"times": [], "degrees": [], "thresholds": [], "gradients": [], "dim": 4, "general": empty}
+    ):
         assert title in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["rope.csv", "rope.png"]
 

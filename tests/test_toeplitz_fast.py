@@ -111,15 +111,37 @@ def test_gradients_are_near_those_of_dense_attention(method: str, is_causal: boo
     q, k, v = (x.requires_grad_() for x in bounded(n, n))
     slope = torch.tensor([[0.4], [0.2]], dtype=torch.float64, requires_grad=True)
     t = torch.arange(1 - n, n).double()
-    relative = RelativeBias(-slope * torch.log1p(0.1 * t.abs()))
-    leaves, upstream = (q, k, v, slope), normal(1, 2, n, 2, seed=9, dtype=torch.float64)
-    truth = torch.autograd.grad(dense(q, k, v, relative, is_causal, None)[0], leaves, upstream, retain_graph=True)
+    shape = torch.log1p(0.1 * t.abs())
+    relative, leaves = RelativeBias(-slope * shape), (q, k, v, slope)
+    upstream = normal(1, 2, n, 2, seed=9, dtype=torch.float64)
+    exact = dense(q, k, v, relative, is_causal, None)[0]
+    truth = torch.autograd.grad(exact, leaves, upstream, retain_graph=True)
+    # The largest |do_i.(v_j - o_i)| of each row.
+    pull = (upstream @ v.mT - (upstream * exact).sum(-1, keepdim=True)).abs().amax(-1).detach()
     for rtol in (1e-2, 1e-6):
-        out = toeplitz_attention(q, k, v, relative=relative, is_causal=is_causal, scale=1.0, rtol=rtol, method=method)
+        options: dict[str, Any] = {"is_causal": is_causal, "scale": 1.0, "rtol": rtol, "method": method}
+        plan = plan_toeplitz_attention(q, k, v, relative=relative, **options)
+        out = toeplitz_attention(q, k, v, relative=relative, plan=plan, is_causal=is_causal, scale=1.0)
         found = torch.autograd.grad(out, leaves, upstream, retain_graph=True)
-        for ours, theirs in zip(found, truth):
-            # A gradient loses one order of the contact: a multiple of rtol, not rtol itself.
-            assert (ours - theirs).norm() <= 50 * rtol * theirs.norm()
+        # sum_j |error of ds_ij|: weights err by twice rtol in all, and so does o_i in the pull; slopes of p by those of
+        # e^s have one order of contact less, and the mean of |s|^(m-1) is bounded by that of s^m.
+        share = slope_error(plan.fit) * (rtol / plan.fit.error) ** (1 - 1 / plan.contact) + 4 * rtol
+        rows = share * pull
+        reach = (
+            rows.sum() * k.abs().sum(-1).amax(),
+            rows.sum() * q.abs().sum(-1).amax(),
+            2 * rtol * upstream.abs().sum(),
+            rows.sum() * shape.amax(),
+        )
+        for ours, theirs, most in zip(found, truth, reach):
+            assert (ours - theirs).abs().sum() <= most
+
+
+def slope_error(fit: Any) -> float:
+    """The largest |p'(s) - e^s| / |s|^(m - 1) within the bound."""
+    s = fit.bound * torch.linspace(-1, 1, 4000, dtype=torch.float64)
+    slope = sum(order * a * s ** (order - 1) for order, a in enumerate(fit.coefficients) if order)
+    return float(((slope - s.exp()).abs() / s.abs() ** (fit.contact - 1)).amax())
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 97])

@@ -59,7 +59,7 @@ def _is_one_run(keys: Tensor) -> bool:
 
 
 class ToeplitzBloomAttention(BloomAttention):
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
         residual: Tensor,
@@ -79,7 +79,7 @@ class ToeplitzBloomAttention(BloomAttention):
 
 
 class ToeplitzMptAttention(MptAttention):
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: Tensor,
         position_bias: Tensor,
@@ -96,10 +96,11 @@ class ToeplitzMptAttention(MptAttention):
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         assert attention_mask is not None
+        assert self.softmax_scale is not None
         bias = position_bias[None, :, :, -k.shape[2] :]
         # Its heads are in another order than Bloom's where their number is no power of two.
         slopes = -build_mpt_alibi_tensor(self.n_heads, 2)[:, 0, 0]
-        return self.out_proj(attend(q, k, v, attention_mask, bias, slopes, float(self.softmax_scale))), None
+        return self.out_proj(attend(q, k, v, attention_mask, bias, slopes, self.softmax_scale)), None
 
 
 def _check(module: Any, dropout: float, output_attentions: bool) -> None:

@@ -21,8 +21,8 @@ from torch import Tensor
 
 # Tables that end within the last block go on as polynomials of this degree; see ``extended``.
 EXTENSION_DEGREE = 5
-# Entries of an interpolated symbol that are compared at a time.
-COMPARED = 2**20
+# Entries of an interpolated symbol that are compared at a time, and every how many tokens where few are enough.
+COMPARED, SPARSE = 2**20, 4
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,13 @@ def node_places(layout: Layout, nodes: int, device: torch.device) -> Tensor:
 def interpolation_errors(symbols: Tensor, layout: Layout, nodes: int, sparsely: bool = False) -> Tensor:
     """(S, 2 count - 1): the largest error of each symbol between blocks of each difference, 0 where they are near.
 
-    symbols: (S, 2 tokens - 1), contiguous. Every pair of tokens is looked at; ``sparsely``: those of differences that
-    are powers of two, which stand for the ones that follow.
+    symbols: (S, 2 tokens - 1), contiguous. Every pair of tokens is looked at; ``sparsely``: every fourth token, and
+    of differences the powers of two, which stand for the ones that follow.
     """
     size, count = layout.size, layout.count
-    basis = nodes_of(size, nodes)[1].to(symbols)
+    stride = SPARSE if sparsely else 1
+    whole = nodes_of(size, nodes)[1].to(symbols)
+    left, right = whole[::stride], whole.flip(0)[::stride].mT
     lags = torch.arange(1 - count, count, device=symbols.device)
     if sparsely:
         lags = lags.sign() * 2 ** lags.abs().clamp(min=1).log2().floor().long()
@@ -101,8 +103,9 @@ def interpolation_errors(symbols: Tensor, layout: Layout, nodes: int, sparsely: 
     for row, symbol in zip(errors, symbols):
         # Entry [I - J, u, size - 1 - w] is the symbol at (I - J) size + u - w.
         truth = symbol.as_strided((2 * count - 1, size, size), (size, 1, 1), symbol.storage_offset())
+        truth = truth[:, ::stride, ::stride]
         for part in looked_at.split(step):
-            between = basis @ symbol[places[part]] @ basis.flip(0).mT
+            between = left @ symbol[places[part]] @ right
             row[part] = between.sub_(truth[part]).abs_().flatten(1).amax(-1)
     return errors[:, lags + count - 1] * far
 

@@ -15,12 +15,15 @@ def with_exact_rows(out: Tensor, args: Arguments, failing: Tensor) -> Tensor:
     places, rows = [], []
     for b, h in failing.any(-1).nonzero().tolist():
         positions = failing[b, h].nonzero().squeeze(-1)
+        # As a rule they are the first rows of causal attention, which see few keys.
+        seen = slice(int(positions[-1]) + 1) if args.is_causal else slice(None)
         q, k, v = (
-            x.to(out)[None, None] for x in (args.q[b, h, positions], args.k[b, h // group], args.v[b, h // group])
+            x.to(out)[None, None]
+            for x in (args.q[b, h, positions], args.k[b, h // group, seen], args.v[b, h // group, seen])
         )
         s = relative_scores(q, k, args.relative[h : h + 1].to(out), args.support, args.scale, positions)
         if args.key_bias is not None:
-            s = s + args.key_bias[b].to(out)
+            s = s + args.key_bias[b, seen].to(out)
         if args.is_causal:
             s = s.masked_fill(torch.arange(k.shape[2], device=q.device) > positions[:, None], -torch.inf)
         # A row without keys is zero.

@@ -1,7 +1,7 @@
 """``llmkern reproduce rope``: what the papers claim of almost linear attention, on Gaussian data, measured.
 
 Time against length, error and certificate against degree and bound, the bound beyond which the polynomial no longer
-pays (that there is one is the papers' lower bound), and the error of gradients.
+pays (that there is one is the papers' lower bound), the error of gradients, and the general case (``general.py``).
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def measure(longest: int, show: Callable[[str], object], rows: int = ROWS, dim: int = DIM) -> dict[str, Any]:
-    """Plain values of the four parts."""
+    """Plain values of the five parts."""
     from llmkern.papers.rope import measure as timing
+    from llmkern.papers.rope.general import measure_general
     from llmkern.papers.rope.synthetic import degree_row, gaussian_heads, gradient_row, largest_fast_bound
 
     lengths = [n for n in (512 * 2**i for i in range(16)) if n <= longest]
@@ -83,6 +84,8 @@ def measure(longest: int, show: Callable[[str], object], rows: int = ROWS, dim: 
         heads = gaussian_heads(n, TIME_DIM, TIME_BOUND)
         ours, torchs = timing.time_llmkern(heads, TIME_RTOL), timing.time_sdpa(heads)
         found["times"].append({"length": n, "llmkern": ours.seconds, "torch": torchs.seconds, "method": ours.method})
+    show("a W that does not factorise")
+    found["general"] = measure_general(lengths[len(lengths) // 3 :])
     return found
 
 
@@ -97,6 +100,8 @@ def exponents(found: dict[str, Any]) -> tuple[float, float]:
 
 def conclusions(found: dict[str, Any]) -> list[str]:
     """What the tables show, for the papers' claims and against them, computed from the tables."""
+    from llmkern.papers.rope import general
+
     sentences = []
     ours, torchs = exponents(found)
     known = [row for row in found["times"] if row["method"] == "polynomial"]
@@ -149,7 +154,7 @@ def conclusions(found: dict[str, Any]) -> list[str]:
             f"Gradients: the largest error is {over:.2g} times rtol, relative to the largest entry of the gradient "
             f"(at rtol {worst['rtol']:g}); rtol certifies the output, and of gradients it says nothing."
         )
-    return sentences
+    return sentences + general.conclusions(found["general"])
 
 
 # Tables and files -----------------------------------------------------------------------------------------------------
@@ -157,6 +162,8 @@ def conclusions(found: dict[str, Any]) -> list[str]:
 
 def tables(found: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
     """Title, header and rows of each table."""
+    from llmkern.papers.rope import general
+
     ours = [
         [
             str(row["length"]),
@@ -193,6 +200,7 @@ def tables(found: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]
         ),
         (f"Largest B that pays, rtol {TIME_RTOL:g}, d = {TIME_DIM}", ["tokens", "B"], edges),
         (f"Errors of the op, B = {TIME_BOUND:g}", ["mask", "rtol", "degree", "row", "dq", "dk", "dv"], grads),
+        *general.tables(found["general"]),
     ]
 
 
@@ -227,13 +235,15 @@ def write(folder: Path, found: dict[str, Any]) -> list[Path]:
 
 
 def plot(target: Any, found: dict[str, Any]) -> None:
-    """Time against length, error and certificate against degree, and the largest bound against length."""
+    """Time against length, error and certificate against degree, the largest bound against length, the general case."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    from llmkern.papers.rope import general
+
+    figure, (left, middle, right, last) = plt.subplots(1, 4, figsize=(18, 4.2), layout="constrained")
     for (name, label), exponent in zip({"llmkern": "llmkern", "torch": "torch, exact"}.items(), exponents(found)):
         known = [row for row in found["times"] if row[name] is not None]
         left.plot([r["length"] for r in known], [r[name] for r in known], ".-", label=f"{label}: n^{exponent:.2f}")
@@ -246,6 +256,7 @@ def plot(target: Any, found: dict[str, Any]) -> None:
     middle.set(yscale="log", xlabel="degree", title="Error (solid) and certificate (dashed)")
     right.plot([e["length"] for e in found["thresholds"]], [e["bound"] for e in found["thresholds"]], "o-")
     right.set(xscale="log", xlabel="tokens", ylabel="B", title="Largest B that pays")
+    general.draw(last, found["general"])
     left.legend()
     middle.legend()
     figure.savefig(target, format="png", dpi=130)
