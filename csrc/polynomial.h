@@ -146,6 +146,15 @@ inline void add_moments(const Monomials& tables, const A* panel, const A* column
   }
 }
 
+// body(begin, end) for the rows of [row_begin, row_end) block by block: what is done to them in turn finds them cached.
+template <typename Body>
+inline void for_row_blocks(const Monomials& tables, int64_t row_begin, int64_t row_end, Body body) {
+  for (const auto& block : tables.blocks) {
+    const int64_t begin = std::max(row_begin, block.row), end = std::min(row_end, block.row + block.count);
+    if (begin < end) body(begin, end);
+  }
+}
+
 // Weights of the monomials times a state, in tiles of columns: [column tile][row][kTokenTileRows], for ``apply_state``.
 inline int64_t packed_size(int64_t rows, int64_t width) {
   return (width + kTokenTileRows - 1) / kTokenTileRows * kTokenTileRows * rows;
@@ -157,8 +166,12 @@ inline void pack_state(int64_t rows, int64_t width, int64_t row_begin, int64_t r
   for (int64_t c = 0; c < width; c += kTokenTileRows) {
     A* tile = packed + c * rows;
     for (int64_t row = row_begin; row < row_end; ++row) {
-      for (int m = 0; m < kTokenTileRows; ++m)
-        tile[row * kTokenTileRows + m] = c + m < width ? value(row, c + m) : A(0);
+      A* to = tile + row * kTokenTileRows;
+      if (c + kTokenTileRows <= width) {
+        for (int m = 0; m < kTokenTileRows; ++m) to[m] = value(row, c + m);
+      } else {
+        for (int m = 0; m < kTokenTileRows; ++m) to[m] = c + m < width ? value(row, c + m) : A(0);
+      }
     }
   }
 }

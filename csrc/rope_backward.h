@@ -204,14 +204,17 @@ class PolynomialGradients {
         for (int64_t i = begin; i < end; i += kPanelTokens) {
           build_queries(g, i, std::min(kPanelTokens, end - i), queries);
           at::parallel_for(0, (rows_ + 31) / 32, 1, [&](int64_t first, int64_t last) {
-            const int64_t low = first * 32, high = std::min(rows_, last * 32), stride = queries.stride;
+            const int64_t stride = queries.stride;
             const Buffer<A> scratch(width_ * stride);
-            std::fill(moments.get() + low * width_, moments.get() + high * width_, A(0));
-            add_moments(in_.tables, queries.panel.get(), queries.columns.get(), width_, stride, stride, scratch.get(),
-                        moments.get(), low, high);
-            add_scaled(g, moments.get(), ds.get(), low, high);
-            pack_state(rows_, width_, low, high, packed.get(),
-                       [&](int64_t r, int64_t c) { return ds.get()[r * width_ + c]; });
+            for_row_blocks(in_.tables, first * 32, std::min(rows_, last * 32), [&](int64_t low, int64_t high) {
+              std::fill(moments.get() + low * width_, moments.get() + high * width_, A(0));
+              add_moments(in_.tables, queries.panel.get(), queries.columns.get(), width_, stride, stride, scratch.get(),
+                          moments.get(), low, high);
+              add_scaled(g, moments.get(), ds.get(), low, high);
+              const A* from = ds.get();
+              pack_state(rows_, width_, low, high, packed.get(),
+                         [&](int64_t r, int64_t c) { return from[r * width_ + c]; });
+            });
           });
         }
       }

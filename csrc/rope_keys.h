@@ -59,9 +59,10 @@ inline double add_keys(const KeySide<T>& side, const KeyPanel<T>& panel, int64_t
     total += panel.build(j, std::min(kPanelTokens, end - j));
     at::parallel_for(0, (rows + 31) / 32, 1, [&](int64_t first, int64_t last) {
       const Buffer<A> scratch(panel.scratch_size());
-      const int64_t low = first * 32, high = std::min(rows, last * 32);
-      panel.add_to(state, low, high, scratch.get());
-      if (j + kPanelTokens >= end) done(low, high);
+      for_row_blocks(side.in.tables, first * 32, std::min(rows, last * 32), [&](int64_t low, int64_t high) {
+        panel.add_to(state, low, high, scratch.get());
+        if (j + kPanelTokens >= end) done(low, high);
+      });
     });
   }
   return total;

@@ -39,12 +39,16 @@ inline void for_tasks(int64_t tasks, Body body) {
 template <typename A>
 class Buffer {
  public:
-  explicit Buffer(int64_t size) : tensor_(at::empty({size}, c10::CppTypeToScalarType<A>::value)) {}
-  A* get() const { return tensor_.template mutable_data_ptr<A>(); }
+  explicit Buffer(int64_t size)
+      : tensor_(at::empty({size}, c10::CppTypeToScalarType<A>::value)),
+        numbers_(tensor_.template mutable_data_ptr<A>()) {}
+  A* get() const { return numbers_; }
   void zero() const { std::fill(get(), get() + tensor_.numel(), A(0)); }
 
  private:
   at::Tensor tensor_;
+  // Asking the tensor is a call.
+  A* numbers_;
 };
 
 struct Options {
