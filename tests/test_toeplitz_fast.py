@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from dense_attention import exact_attention
+from oracle import FACTOR, assert_close, nudge
 from test_toeplitz_attention import heads, normal
 from torch import Tensor
 
 import llmkern
 from llmkern import RelativeBias, RelativeMatrix, Rotary, plan_toeplitz_attention, toeplitz_attention
 from llmkern.ops.toeplitz_attention import plan as planning
-from llmkern.ops.toeplitz_attention.fourier import fast_length
+from llmkern.ops.toeplitz_attention.fourier import fast_length, fourier_backward_reference, fourier_reference
 from llmkern.ops.toeplitz_attention.layout import Layout, extended, interpolation_errors, nodes_of
 from llmkern.ops.toeplitz_attention.reference import relative_scores
 
@@ -260,6 +261,36 @@ def test_fast_lengths() -> None:
     smooth = sorted(2**a * 3**b * 5**c for a in range(14) for b in range(9) for c in range(7))
     for least in (*range(1, 300), 8191, 8193):
         assert fast_length(least) == next(x for x in smooth if x >= least)
+
+
+@pytest.mark.parametrize("length", [2, 3, 5, 8, 16, 30, 54, 640, 3000])
+@pytest.mark.parametrize("is_own", [False, True])
+def test_transforms_are_those_of_torch(length: int, is_own: bool) -> None:
+    """Every radix; circles with room to spare; and the same bits from one thread as from two."""
+    rows, features, width = (length + 1) // 2, 11, 3
+    keys = length + 1 - rows
+    shapes = [(features, rows), (features, keys), (keys, width), (features if is_own else 1, length), (features,)]
+    shapes += [(features,), (rows, width)]
+    *wide, grad = (normal(*shape, seed=i, dtype=torch.float64) for i, shape in enumerate(shapes))
+    for dtype in (torch.float32, torch.float64):
+        inputs, slope = [x.to(dtype) for x in wide], grad.to(dtype)
+        base = inputs if dtype == torch.float32 else [nudge(x) for x in wide]
+        ours, truth, plain = (
+            [forward(*x), *backward(g, *x[:5], True)]
+            for forward, backward, x, g in (
+                (torch.ops.llmkern.toeplitz_fourier_fwd, torch.ops.llmkern.toeplitz_fourier_bwd, inputs, slope),
+                (fourier_reference, fourier_backward_reference, [x.double() for x in inputs], slope.double()),
+                (fourier_reference, fourier_backward_reference, base, slope),
+            )
+        )
+        for name, got, true, other in zip(("N", "x", "y", "columns", "circle"), ours, truth, plain):
+            assert_close(name, got, true, other, dtype, FACTOR)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(torch.ops.llmkern.toeplitz_fourier_fwd(*inputs), ours[0])
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_polynomials_are_interpolated_and_continued() -> None:
