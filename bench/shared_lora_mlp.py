@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -81,10 +81,10 @@ def pick(layer: Layer, lora: list[Tensor]) -> list[Tensor]:
     return lora or layer.lora
 
 
-def ours(x: Tensor, lora: list[Tensor], rotation: Rotation) -> Tensor:
+def ours(x: Tensor, lora: list[Tensor], rotation: Rotation, keep: bool = False) -> Tensor:
     layer = rotation.next("llmkern")
     pairs = pick(layer, lora)
-    return llmkern.shared_lora_mlp(x, layer.own, MlpLora(pairs[:2], pairs[2:4], pairs[4:]))
+    return llmkern.shared_lora_mlp(x, layer.own, MlpLora(pairs[:2], pairs[2:4], pairs[4:]), keep=keep)
 
 
 def plain(x: Tensor, lora: list[Tensor], rotation: Rotation) -> Tensor:
@@ -163,6 +163,9 @@ def case(
     providers: dict[str, Callable[..., Any]] = {"llmkern": ours, "PEFT": peft, "torch": plain}
     if mode == "forward":
         providers["torch, no LoRA"] = bare
+    else:
+        # With the pre-activations saved, as the others save them.
+        providers["llmkern, keep=True"] = partial(ours, keep=True)
     if compile:
         providers["torch.compile"] = compiled
     passes = 1 if mode == "forward" else 2
