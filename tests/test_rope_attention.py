@@ -390,6 +390,18 @@ def test_a_plan_explains_itself() -> None:
     assert str(plan_attention(q, k, v, method="exact")).startswith("exact attention: asked for")
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_falling_spectrum_needs_few_features(is_causal: bool) -> None:
+    """Degree 2 but in leading directions: all 64 to degree 3 would be 47,905 features."""
+    q, k, v = (normal(1, 1, 3000, 64, seed=i) for i in range(3))
+    for x in (q, k):
+        x /= torch.arange(1, 65)
+        x *= 8**0.5 / x.norm(dim=-1).max()
+    plan = plan_attention(q, k, v, is_causal=is_causal, rtol=3e-3, method="polynomial")
+    assert plan.features < 3000
+    assert_certified(rope_attention(q, k, v, is_causal=is_causal, plan=plan), q, k, v, plan, is_causal)
+
+
 def test_a_forced_route_that_cannot_certify_says_what_it_could() -> None:
     q, k, v = (normal(1, 1, 300, 8, seed=i, scale=1.1) for i in range(3))
     with pytest.raises(ValueError, match=r"certifies rtol 1e-06, got a bound of [\d.e-]+ at best .*raise rtol"):
