@@ -1,5 +1,4 @@
-// All pairs of two sets of rows, a tile at a time: the loop, the two-way log-sum-exp on it, and the gradient of any
-// weighting of the pairs.
+// All pairs of two sets of rows, a tile at a time, and the gradient of any weighting of the pairs.
 #pragma once
 
 #include <ATen/ops/zeros.h>
@@ -80,15 +79,6 @@ void for_pairs(const Rows<T>& left, int64_t n, const Rows<T>& right, int64_t m, 
   for_pairs(left, n, right, m, reduce, [](int64_t, int64_t) {});
 }
 
-// Two-way log-sum-exp ------------------------------------------------------------------------------------------------
-
-// One exponential serves rows and columns where the tile's largest entry can be the shift of all: the largest entry of
-// every row and column lies within this of it, so that what drops out is below rounding. Elsewhere, twice.
-template <typename A>
-constexpr A kCommonShift = std::is_same_v<A, double> ? 300 : 40;
-template <typename A>
-constexpr A kLowest = std::numeric_limits<A>::lowest();
-
 // Across the lanes by halves: a few shuffles, where lane after lane would wait for each other.
 template <typename A, typename Join>
 inline A fold_lanes(Lanes<A> x, Join join) {
@@ -112,142 +102,7 @@ inline A fold_top(Lanes<A> x) {
   return fold_lanes<A>(x, [](Lanes<A> a, Lanes<A> b) { return a > b ? a : b; });
 }
 
-template <typename A>
-class TwoWaySums {
-  using V = Lanes<A>;
-  static constexpr int kWidth = kLanes<A>, kColumns = kTileColumns<A>;
-
- public:
-  TwoWaySums(int64_t n, int64_t m, A scale)
-      : scale_(scale),
-        n_(n),
-        blocks_(count_blocks(n)),
-        tops_(n, kLowest<A>),
-        sums_(n, A(0)),
-        column_tops_(blocks_ * std::min(kRightRows, count_panels<A>(m) * kColumns)),
-        column_sums_(column_tops_.size()),
-        at_once_(std::min(kRightRows, count_panels<A>(m) * kColumns)) {}
-
-  void add(const PairTile<A>& tile) {
-    alignas(64) A row_tops[kBlockRows], row_sums[kBlockRows];
-    V column_top[2] = {fill(kLowest<A>), fill(kLowest<A>)}, column_sum[2] = {};
-    A highest = kLowest<A>, lowest = std::numeric_limits<A>::max();
-    const bool whole = tile.columns == kColumns;
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      A* c = tile.c + r * kColumns;
-      if (!whole)
-        for (int64_t j = tile.columns; j < kColumns; ++j) c[j] = 0;
-      V z0 = load(c, All{}) * scale_, z1 = load(c + kWidth, All{}) * scale_;
-      store(c, z0, All{}), store(c + kWidth, z1, All{});
-      if (!whole) {
-        for (int64_t j = tile.columns; j < kColumns; ++j) c[j] = -std::numeric_limits<A>::infinity();
-        z0 = load(c, All{}), z1 = load(c + kWidth, All{});
-      }
-      // NaN on the right of this comparison does not get in; it reaches the sums through the exponential.
-      column_top[0] = z0 > column_top[0] ? z0 : column_top[0];
-      column_top[1] = z1 > column_top[1] ? z1 : column_top[1];
-      const A best = std::max(kLowest<A>, fold_top<A>(z0 > z1 ? z0 : z1));
-      row_tops[r] = best;
-      highest = std::max(highest, best), lowest = std::min(lowest, best);
-    }
-    alignas(64) A column_tops[kColumns];
-    store(column_tops, column_top[0], All{}), store(column_tops + kWidth, column_top[1], All{});
-    for (int64_t j = 0; j < tile.columns; ++j) lowest = std::min(lowest, column_tops[j]);
-
-    const bool common = lowest > highest - kCommonShift<A>;
-    const V shift0 = common ? fill(highest) : column_top[0], shift1 = common ? fill(highest) : column_top[1];
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      const A* c = tile.c + r * kColumns;
-      const V z0 = load(c, All{}), z1 = load(c + kWidth, All{});
-      const V e0 = exp_nonpositive(z0 - shift0), e1 = exp_nonpositive(z1 - shift1);
-      column_sum[0] += e0, column_sum[1] += e1;
-      if (common) {
-        row_tops[r] = highest;
-        row_sums[r] = fold_sum<A>(e0 + e1);
-      } else {
-        row_sums[r] = fold_sum<A>(exp_nonpositive(z0 - row_tops[r]) + exp_nonpositive(z1 - row_tops[r]));
-      }
-    }
-    // Lanes beyond the block are rows of another thread, hence not even read.
-    for_lanes<A>(0, tile.rows, [&](int64_t r, auto lanes) {
-      A *top = tops_.data() + tile.row + r, *sum = sums_.data() + tile.row + r;
-      const V held = load(top, lanes), fresh = load(row_tops + r, lanes);
-      const V best = fresh > held ? fresh : held;
-      store(sum,
-            load(sum, lanes) * exp_nonpositive(held - best) + load(row_sums + r, lanes) * exp_nonpositive(fresh - best),
-            lanes);
-      store(top, best, lanes);
-    });
-    const int64_t at = tile.block * at_once_ + tile.column % at_once_;
-    store(column_tops_.data() + at, shift0, All{}), store(column_tops_.data() + at + kWidth, shift1, All{});
-    store(column_sums_.data() + at, column_sum[0], All{}),
-        store(column_sums_.data() + at + kWidth, column_sum[1], All{});
-  }
-
-  // Log-sum-exp of the columns [first, first + count), over the left blocks in their order.
-  void join_columns(int64_t first, int64_t count, A* columns) const {
-    at::parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; ++j) {
-        A best = kLowest<A>;
-        for (int64_t b = 0; b < blocks_; ++b) best = std::max(best, column_tops_[b * at_once_ + j]);
-        double total = 0;
-        for (int64_t b = 0; b < blocks_; ++b)
-          total += static_cast<double>(column_sums_[b * at_once_ + j]) *
-                   std::exp(double(column_tops_[b * at_once_ + j] - best));
-        columns[first + j] = blocks_ ? best + static_cast<A>(std::log(total)) : -std::numeric_limits<A>::infinity();
-      }
-    });
-  }
-
-  void finish_rows(A* rows) const {
-    for (int64_t i = 0; i < n_; ++i) rows[i] = tops_[i] + static_cast<A>(std::log(static_cast<double>(sums_[i])));
-  }
-
- private:
-  A scale_;
-  int64_t n_, blocks_;
-  std::vector<A> tops_, sums_;
-  // What each left block leaves for the columns of the right block in hand.
-  std::vector<A> column_tops_, column_sums_;
-  int64_t at_once_;
-};
-
 // Gradients ----------------------------------------------------------------------------------------------------------
-
-// w_ij = r_i exp(z_ij - rows_i) + c_j exp(z_ij - columns_j), plus p_i for the pair itself; a tile gets scale w.
-template <typename A>
-struct LseWeight {
-  const A *rows, *columns, *drows, *dcolumns, *dpairs;
-  A scale;
-  int64_t offset, m;
-
-  void operator()(PairTile<A>& tile, double* weighted_similarity) const {
-    using V = Lanes<A>;
-    V lse[2], upstream[2];
-    for (int half = 0; half < 2; ++half) {
-      const int live = static_cast<int>(std::clamp<int64_t>(tile.columns - half * kLanes<A>, 0, kLanes<A>));
-      const int64_t j = std::min(tile.column + half * kLanes<A>, m);
-      lse[half] = load(columns + j, First{live}), upstream[half] = load(dcolumns + j, First{live});
-    }
-    double total = 0;
-    V part{};
-    for (int64_t r = 0; r < tile.rows; ++r) {
-      const int64_t i = tile.row + r;
-      A* c = tile.c + r * kTileColumns<A>;
-      const int64_t own = i + offset - tile.column;
-      if (own >= 0 && own < tile.columns) total += static_cast<double>(dpairs[i]) * c[own];
-      for (int half = 0; half < 2; ++half) {
-        A* to = c + half * kLanes<A>;
-        const V s = load(to, All{}), z = s * scale;
-        const V w = drows[i] * exp(z - rows[i]) + upstream[half] * exp(z - lse[half]);
-        part += w * s;
-        store(to, w * scale, All{});
-      }
-      if (own >= 0 && own < tile.columns) c[own] += dpairs[i] * scale;
-    }
-    *weighted_similarity += total + fold_sum<A>(part);
-  }
-};
 
 // Where the gradients of the left and right rows go. For half types the left one is summed in a buffer of fp32.
 struct PairGradients {

@@ -6,7 +6,7 @@
 
 #include <tuple>
 
-#include "pairwise.h"
+#include "two_way_lse.h"
 
 namespace llmkern {
 inline namespace CPU_CAPABILITY {
@@ -142,17 +142,17 @@ std::vector<at::Tensor> norm_sim_power_bwd(const at::Tensor& dout, const at::Ten
 
 template <typename T>
 void two_way_lse(const Rows<T>& image, int64_t n, const Rows<T>& text, int64_t m, Acc<T> scale, int64_t offset,
-                 Acc<T>* rows, Acc<T>* columns, Acc<T>* pairs) {
+                 const TwoParts<Acc<T>>& rows, const TwoParts<Acc<T>>& columns, Acc<T>* pairs) {
   using A = Acc<T>;
-  TwoWaySums<A> sums(n, m, scale);
+  TwoWaySums<A> sums(n, m);
   for_pairs<T>(
       image, n, text, m,
       [&](const PairTile<A>& tile) {
-        if (pairs) {
-          for (int64_t r = 0; r < tile.rows; ++r) {
-            const int64_t j = tile.row + r + offset - tile.column;
-            if (j >= 0 && j < tile.columns) pairs[tile.row + r] = scale * tile.c[r * kTileColumns<A> + j];
-          }
+        for (int64_t i = 0; i < tile.rows * kTileColumns<A>; i += kLanes<A>)
+          store(tile.c + i, load(tile.c + i, All{}) * scale, All{});
+        for (int64_t r = 0; pairs && r < tile.rows; ++r) {
+          const int64_t j = tile.row + r + offset - tile.column;
+          if (j >= 0 && j < tile.columns) pairs[tile.row + r] = tile.c[r * kTileColumns<A> + j];
         }
         sums.add(tile);
       },
@@ -160,17 +160,27 @@ void two_way_lse(const Rows<T>& image, int64_t n, const Rows<T>& text, int64_t m
   sums.finish_rows(rows);
 }
 
+// The two parts of log-sum-exps in a tensor (2, n).
+template <typename A>
+TwoParts<A> two_parts(const at::Tensor& x) {
+  using Number = std::remove_const_t<A>;
+  if constexpr (std::is_const_v<A>) {
+    return {x.const_data_ptr<Number>(), x.const_data_ptr<Number>() + x.size(1)};
+  } else {
+    return {x.mutable_data_ptr<Number>(), x.mutable_data_ptr<Number>() + x.size(1)};
+  }
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> two_way_lse_fwd(const at::Tensor& image, const at::Tensor& text,
                                                                const at::Tensor& scale, int64_t offset, bool bf16) {
   const at::Tensor left = unit_stride(image), right = unit_stride(text);
   const auto options = scale.options();
-  at::Tensor rows = at::empty({image.size(0)}, options), columns = at::empty({text.size(0)}, options);
+  at::Tensor rows = at::empty({2, image.size(0)}, options), columns = at::empty({2, text.size(0)}, options);
   at::Tensor pairs = at::empty({image.size(0)}, options);
   LLMKERN_DISPATCH(image.scalar_type(), [&] {
     using A = Acc<scalar_t>;
     two_way_lse(rows_of<scalar_t>(left, bf16), image.size(0), rows_of<scalar_t>(right, bf16), text.size(0),
-                scale.item<A>(), offset, rows.mutable_data_ptr<A>(), columns.mutable_data_ptr<A>(),
-                pairs.mutable_data_ptr<A>());
+                scale.item<A>(), offset, two_parts<A>(rows), two_parts<A>(columns), pairs.mutable_data_ptr<A>());
   });
   return {rows, columns, pairs};
 }
@@ -186,8 +196,8 @@ std::vector<at::Tensor> two_way_lse_bwd(const at::Tensor& image, const at::Tenso
   at::Tensor dscale = at::empty({needs.get(2) ? 1 : 0}, scale.options());
   LLMKERN_DISPATCH(image.scalar_type(), [&] {
     using A = Acc<scalar_t>;
-    const LseWeight<A> weight{r.const_data_ptr<A>(),
-                              c.const_data_ptr<A>(),
+    const LseWeight<A> weight{two_parts<const A>(r),
+                              two_parts<const A>(c),
                               dr.const_data_ptr<A>(),
                               dc.const_data_ptr<A>(),
                               dp.const_data_ptr<A>(),
@@ -210,18 +220,20 @@ at::Tensor negatives(const at::Tensor& image, const at::Tensor& text, const at::
   at::Tensor out = at::empty({image.size(0)}, scale.options());
   int64_t longest = 0;
   for (size_t b = 0; b + 1 < bounds.size(); ++b) longest = std::max(longest, bounds[b + 1] - bounds[b]);
-  const at::Tensor sums = at::empty({2, longest}, scale.options());
+  const at::Tensor row_sums = at::empty({2, longest}, scale.options()),
+                   column_sums = at::empty({2, longest}, scale.options());
   LLMKERN_DISPATCH(image.scalar_type(), [&] {
     using A = Acc<scalar_t>;
     const auto f = rows_of<scalar_t>(left, bf16), g = rows_of<scalar_t>(right, bf16);
-    A *rows = sums.mutable_data_ptr<A>(), *columns = rows + longest, *to = out.mutable_data_ptr<A>();
+    const auto rows = two_parts<A>(row_sums), columns = two_parts<A>(column_sums);
+    A* to = out.mutable_data_ptr<A>();
     for (size_t b = 0; b + 1 < bounds.size(); ++b) {
       const int64_t* index = picked.const_data_ptr<int64_t>() + bounds[b];
       const int64_t n = bounds[b + 1] - bounds[b];
       two_way_lse(f.picked_by(index), n, g.picked_by(index), n, scale.item<A>(), 0, rows, columns,
                   static_cast<A*>(nullptr));
       const A bias = static_cast<A>(2 * std::log(static_cast<double>(std::max<int64_t>(n, 1))));
-      for (int64_t i = 0; i < n; ++i) to[index[i]] = rows[i] + columns[i] - bias;
+      for (int64_t i = 0; i < n; ++i) to[index[i]] = rows.first[i] + columns.first[i] - bias;
     }
   });
   return out;

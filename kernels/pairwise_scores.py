@@ -21,7 +21,7 @@ from llmkern.ops.pairwise_scores.neg_clip_loss import negatives_by
 from llmkern.ops.pairwise_scores.norm_sim import norm_sim_max_backward_reference as norm_sim_max_bwd  # noqa: F401
 from llmkern.ops.pairwise_scores.norm_sim import norm_sim_power_backward_reference, norm_sim_reference
 from llmkern.ops.pairwise_scores.paired_dot import paired_dot_reference as paired_dot  # noqa: F401
-from llmkern.ops.pairwise_scores.two_way_lse import two_way_lse_backward_reference, two_way_lse_reference
+from llmkern.ops.pairwise_scores.two_way_lse import in_two, two_way_lse_backward_reference, two_way_lse_reference
 
 # Weights (fp32) that a backward pass holds at once.
 WORKSPACE = 2**24
@@ -78,6 +78,22 @@ def norm_sim_fwd_kernel(
 
 
 @triton.jit
+def store_in_two(to, apart, top, log, inside):
+    """top + log, and ``apart`` behind it what rounding took from it."""
+    first = top + log
+    rest = (top - first) + log
+    tl.store(to, first, inside)
+    tl.store(to + apart, tl.where(tl.abs(rest) < 1.0, rest, 0.0), inside)
+
+
+@triton.jit
+def expm1(x):
+    """For x of at most zero: a series near zero, where the difference would lose what counts."""
+    series = x * (1 + x * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x / 5040))))))
+    return tl.where(tl.abs(x) < 0.35, series, tl.exp(x) - 1.0)
+
+
+@triton.jit
 def two_way_lse_fwd_kernel(
     row_lse,
     parts,
@@ -96,7 +112,7 @@ def two_way_lse_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Log-sum-exp of BLOCK_N rows, and over these rows that of every column: parts (programs, m)."""
+    """Log-sum-exp in two parts of BLOCK_N rows, and over these rows that of every column: parts (programs, 2, m)."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     tau = tl.load(scale)
     top = tl.zeros((BLOCK_N,), tl.float32) + lowest(tl.float32)
@@ -116,8 +132,9 @@ def two_way_lse_fwd_kernel(
         down = tl.where((rows < n)[:, None], z, -INF)
         highest = tl.maximum(tl.max(down, 0), lowest(tl.float32))
         mass = tl.sum(tl.exp(down - highest[None, :]), 0)
-        tl.store(parts + tl.program_id(0).to(tl.int64) * m + columns, highest + tl.log(mass), columns < m)
-    tl.store(row_lse + rows, top + tl.log(total), rows < n)
+        to = parts + tl.program_id(0).to(tl.int64) * 2 * m + columns
+        store_in_two(to, m, highest, tl.log(mass), columns < m)
+    store_in_two(row_lse + rows, n, top, tl.log(total), rows < n)
     tl.store(pairs + rows, pair, rows < n)
 
 
@@ -129,6 +146,7 @@ def lse_weights_kernel(
     right,
     scale,
     row_lse,
+    row_rest,
     column_lse,
     drows,
     dcolumns,
@@ -149,6 +167,7 @@ def lse_weights_kernel(
     live = rows < n
     tau = tl.load(scale)
     lse = tl.load(row_lse + rows, live, other=0.0)
+    rest = tl.load(row_rest + rows, live, other=0.0)
     upstream = tl.load(drows + rows, live, other=0.0)
     own_upstream = tl.load(dpairs + rows, live, other=0.0)
     total = tl.zeros((BLOCK_N,), tl.float32)
@@ -159,9 +178,14 @@ def lse_weights_kernel(
         )
         z = tau * s
         column = tl.load(column_lse + columns, columns < m, other=INF)
-        from_columns = tl.load(dcolumns + columns, columns < m, other=0.0)
-        w = upstream[:, None] * tl.exp(z - lse[:, None]) + from_columns[None, :] * tl.exp(z - column[None, :])
-        w += tl.where(columns[None, :] == (rows + offset)[:, None], own_upstream[:, None], 0.0)
+        column_rest = tl.load(column_lse + m + columns, columns < m, other=0.0)
+        down = tl.load(dcolumns + columns, columns < m, other=0.0)[None, :]
+        across = upstream[:, None]
+        in_row, in_column = (z - lse[:, None]) - rest[:, None], (z - column[None, :]) - column_rest[None, :]
+        w = across * tl.exp(in_row) + down * tl.exp(in_column)
+        # Where the pair's own upstream nearly cancels the rest: their sum apart from what exp takes off one.
+        own = across * expm1(in_row) + down * expm1(in_column) + ((across + down) + own_upstream[:, None])
+        w = tl.where(columns[None, :] == (rows + offset)[:, None], own, w)
         inside = live[:, None] & (columns < m)[None, :]
         total += tl.sum(tl.where(inside, w * s, 0.0), 1)
         tl.store(weights + rows[:, None] * m + columns[None, :], tau * w, inside)
@@ -258,12 +282,12 @@ def two_way_lse_fwd(
         return two_way_lse_reference(image, text, scale, offset, bf16)
     with device_guard(image):
         pairs, n = Pairs(image, text, bf16), len(image)
-        rows, own = scale.new_empty(n), scale.new_empty(n)
-        parts = scale.new_empty(pairs.programs(n)[0], len(text))
+        rows, own = scale.new_empty(2, n), scale.new_empty(n)
+        parts = scale.new_empty(pairs.programs(n)[0], 2, len(text))
         two_way_lse_fwd_kernel[pairs.programs(n)](
             rows, parts, own, scale=scale, offset=offset, **pairs.arguments(slice(0, n))
         )
-        return rows, parts.logsumexp(0), own
+        return rows, in_two(parts.sum(1, dtype=torch.float64).logsumexp(0), rows.dtype), own
 
 
 def negatives(image: Tensor, text: Tensor, scale: Tensor, order: Tensor, bounds: Sequence[int], bf16: bool) -> Tensor:
@@ -296,8 +320,9 @@ def two_way_lse_bwd(
                 weights,
                 sums[chunk],
                 scale=scale,
-                row_lse=rows[chunk],
-                column_lse=columns,
+                row_lse=rows[0, chunk],
+                row_rest=rows[1, chunk],
+                column_lse=columns.contiguous(),
                 drows=drows[chunk],
                 dcolumns=dcolumns,
                 dpairs=dpairs[chunk],
@@ -348,7 +373,9 @@ class Products:
         ]
 
 
-_ROWS = dict.fromkeys(("out", "row_lse", "parts", "pairs", "scale", "weights", "sums", "norms", "dout"), "*fp32")
+_ROWS = dict.fromkeys(
+    ("out", "row_lse", "row_rest", "parts", "pairs", "scale", "weights", "sums", "norms", "dout"), "*fp32"
+)
 _UPSTREAM = dict.fromkeys(("column_lse", "drows", "dcolumns", "dpairs"), "*fp32")
 _TYPES = {**_ROWS, **_UPSTREAM, "winners": "*i64", "p": "fp32"}
 

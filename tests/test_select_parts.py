@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkern.ops.vas_score import SecondMoment
-from llmkern.papers.data_selection.rank import keep_top, sort_keys
+from llmkern.papers.data_selection.rank import keep_top, ranks, sort_keys
 from llmkern.papers.data_selection.uids import combine, contains, first_of_equals, uid_order
 from llmkern.papers.data_selection.vas_d import Work, vas_d, vas_d_naive
 
@@ -41,6 +41,13 @@ def test_keys_ascend_with_the_scores(values: list[float]) -> None:
     keys = sort_keys(scores)
     assert ((scores[:, None] < scores) == (keys[:, None] < keys)).all()
     assert ((scores[:, None] == scores) == (keys[:, None] == keys)).all()
+
+
+@given(st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), max_size=12))
+def test_ranks_of_equals_are_their_mean(values: list[float]) -> None:
+    scores = np.array(values, np.float32)
+    below, equal = (scores < scores[:, None]).sum(1), (scores == scores[:, None]).sum(1)
+    assert ranks(scores).tolist() == (below + (equal - 1) / 2).tolist()
 
 
 @given(st.lists(uid_sets, min_size=1, max_size=4))

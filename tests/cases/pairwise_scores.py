@@ -65,14 +65,14 @@ def make_clip(rows: int, width: int, dtype: torch.dtype, device: str) -> list[Te
 
 def clip_by_reference(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     rows, columns, pairs = two_way_lse_reference(image, text, scale, 0, False)
-    return (0.5 * (rows + columns) - pairs).mean()
+    return (0.5 * (rows.sum(0) + columns.sum(0)) - pairs).mean()
 
 
 def raw_clip(tensors: list[Tensor | None]) -> list[tuple[Any, tuple[Any, ...]]]:
     image, text, scale = tensors
     scale = scale.reshape(())
     rows, columns, pairs = torch.ops.llmkern.two_way_lse_fwd(image, text, scale, 0, False)
-    upstream = [torch.randn_like(x) for x in (rows, columns, pairs)]
+    upstream = [torch.randn_like(x) for x in (rows[0], columns[0], pairs)]
     order = torch.randperm(len(image), device=image.device)
     return [
         (torch.ops.llmkern.two_way_lse_fwd.default, (image, text, scale, 0, False)),

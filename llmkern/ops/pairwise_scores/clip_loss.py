@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from llmkern._library import bad_value
 from llmkern.ops.embeddings import check_embeddings
-from llmkern.ops.pairwise_scores.two_way_lse import TwoWayLse, scale_tensor
+from llmkern.ops.pairwise_scores.two_way_lse import TwoWayLse, in_two, scale_tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -51,8 +51,13 @@ def clip_loss(image: Tensor, text: Tensor, logit_scale: Tensor | float, *, group
         rows, columns, pairs = TwoWayLse.apply(image, text, scale, 0)
     else:
         rows, columns, pairs = _Spread.apply(image, text, scale, group)
-    share = (0.5 * (rows + columns) - pairs).mean()
+    share = 0.5 * _surplus(rows, columns, pairs).mean()
     return share if group is None else _MeanOfShares.apply(share, group)
+
+
+def _surplus(rows: Tensor, columns: Tensor, pairs: Tensor) -> Tensor:
+    """How far both log-sum-exps lie above the pair's own term, the larger parts first."""
+    return ((rows[0] - pairs) + rows[1]) + ((columns[0] - pairs) + columns[1])
 
 
 class _Spread(torch.autograd.Function):
@@ -67,12 +72,12 @@ class _Spread(torch.autograd.Function):
         everyone = text.new_empty(size * n, text.shape[1])
         dist.all_gather_into_tensor(everyone, text.contiguous(), group=group)
         rows, part, pairs = torch.ops.llmkern.two_way_lse_fwd(image, everyone, scale, rank * n, False)
-        parts = part.new_empty(size * len(part))
+        parts = part.new_empty((2 * size, part.shape[1]))
         dist.all_gather_into_tensor(parts, part, group=group)
-        columns = parts.view(size, -1).logsumexp(0)
+        columns = in_two(parts.view(size, 2, -1).double().sum(1).logsumexp(0), part.dtype)
         ctx.save_for_backward(image, everyone, scale, rows, columns)
         ctx.group, ctx.own = group, slice(rank * n, (rank + 1) * n)
-        return rows, columns[ctx.own].clone(), pairs
+        return rows, columns[:, ctx.own].clone(), pairs
 
     @staticmethod
     @once_differentiable
@@ -80,12 +85,12 @@ class _Spread(torch.autograd.Function):
         import torch.distributed as dist
 
         columns = ctx.saved_tensors[4]
-        everywhere = torch.empty_like(columns)
-        dist.all_gather_into_tensor(everywhere, dcolumns.contiguous(), group=ctx.group)
+        everywhere = torch.empty_like(columns[0])
+        dist.all_gather_into_tensor(everywhere, dcolumns[0].contiguous(), group=ctx.group)
         # The gradient of the text is a sum over processes, so every one of them computes it, wanted here or not.
         needs = [ctx.needs_input_grad[0], True, ctx.needs_input_grad[2]]
         dimage, dtext, dscale = torch.ops.llmkern.two_way_lse_bwd(
-            *ctx.saved_tensors, drows.contiguous(), everywhere, dpairs.contiguous(), ctx.own.start, needs
+            *ctx.saved_tensors, drows[0].contiguous(), everywhere, dpairs.contiguous(), ctx.own.start, needs
         )
         # Summed in fp32, also for half types.
         total = dtext.to(columns.dtype)

@@ -58,7 +58,7 @@ def negatives_by(
     for start, stop in itertools.pairwise(bounds):
         batch = order[start:stop]
         rows, columns, _ = two_way_lse(image[batch], text[batch], scale, 0, bf16)
-        out[batch] = rows + columns - 2 * math.log(max(1, stop - start))
+        out[batch] = rows[0] + columns[0] - 2 * math.log(max(1, stop - start))
     return out
 
 
@@ -125,18 +125,25 @@ def neg_clip_loss(
     if num_partitions < 1 or int(num_partitions) != num_partitions:
         raise bad_value(op, "num_partitions of at least 1", num_partitions)
     bf16 = check_precision(op, precision)
-    if image.device.type == "cpu":
-        for name, x in (("image", image), ("text", text)):
-            row = first_nonfinite_row(x)
-            if row is not None:
-                raise bad_value(op, f"finite rows in {name}", f"NaN or infinity at row {row}", "drop that pair first")
     scale = scale_tensor(1.0 / temperature, image)
     bounds = batch_bounds(len(image), batch_size)
     total = torch.zeros(len(image), dtype=torch.float64, device=image.device)
     for index in range(num_partitions):
         order = random_order(len(image), seed, index, image.device)
         total += torch.ops.llmkern.negatives(image, text, scale, order, bounds, bf16)
+    if image.device.type == "cpu" and not bool(total.isfinite().all()):
+        _refuse_nonfinite(image, text)
     mean_size = len(image) / (len(bounds) - 1)
     normaliser = 0.5 * temperature * (total / num_partitions + 2 * math.log(max(1.0, mean_size)))
     pairs = torch.ops.llmkern.paired_dot(image, text)
     return (pairs.double() - normaliser).to(compute_dtype(image.dtype))
+
+
+def _refuse_nonfinite(image: Tensor, text: Tensor) -> None:
+    """All similarities of a row with NaN or infinity are NaN or infinite, so that its sum has told of it."""
+    for name, x in (("image", image), ("text", text)):
+        row = first_nonfinite_row(x)
+        if row is not None:
+            raise bad_value(
+                "neg_clip_loss", f"finite rows in {name}", f"NaN or infinity at row {row}", "drop that pair first"
+            )

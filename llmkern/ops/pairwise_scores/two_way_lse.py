@@ -8,6 +8,9 @@ where j = i + offset, and
 
     df_i = scale sum_j w_ij g_j     dg_j = scale sum_i w_ij f_i     dscale = sum_ij w_ij f_i . g_j
 
+A log-sum-exp comes as two numbers, (2, N): itself, and what rounding took from it. Where a pair outweighs all others,
+rows_i is pairs_i but for rounding, and what is left of a loss and its gradient are the differences.
+
 ``columns`` may come from more rows than these (other processes hold them): then it is that of all of them.
 """
 
@@ -24,22 +27,37 @@ from llmkern._library import define_op
 from llmkern.ops.embeddings import compute_dtype, row_blocks, widen
 
 
+def in_two(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """(2, ...) of a float64 tensor: in this dtype, and the rest of it."""
+    first = value.to(dtype)
+    return torch.stack([first, torch.where(first.isfinite(), value - first.double(), 0).to(dtype)])
+
+
+def _log_sum_exp(z: Tensor, dim: int) -> Tensor:
+    """In float64 of what is summed in the dtype of z, so that a sum of hardly more than one term keeps its rest."""
+    top = z.detach().amax(dim, keepdim=True)
+    top = torch.where(top.isfinite(), top, 0)
+    return top.squeeze(dim).double() + (z - top).exp().sum(dim).double().log()
+
+
 def two_way_lse_reference(
     image: Tensor, text: Tensor, scale: Tensor, offset: int, bf16: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """rows (N,), columns (M,), pairs (N,) in fp32 (float64); holds a block of rows of the matrix at a time."""
+    """rows (2, N), columns (2, M), pairs (N,) in fp32 (float64); holds a block of rows of the matrix at a time."""
     g = widen(text, bf16)
-    rows, columns = [], [g.new_full((len(text),), -torch.inf)]
+    rows, columns = [], [g.new_full((len(text),), -torch.inf, dtype=torch.float64)]
     pairs = []
     for block in row_blocks(len(image), len(text)):
         f = widen(image[block], bf16)
         z = (f @ g.t()) * scale
-        rows.append(z.logsumexp(1))
-        columns.append(z.logsumexp(0))
+        if len(text):
+            columns.append(_log_sum_exp(z, 0))
+        rows.append(_log_sum_exp(z, 1) if len(text) else columns[0].new_full((len(f),), -torch.inf))
         pairs.append(z.diagonal(block.start + offset))
+    every = in_two(torch.stack(columns).logsumexp(0), g.dtype)
     if not rows:
-        return g.new_empty(0), columns[0], g.new_empty(0)
-    return torch.cat(rows), torch.stack(columns).logsumexp(0), torch.cat(pairs)
+        return g.new_empty((2, 0)), every, g.new_empty(0)
+    return in_two(torch.cat(rows), g.dtype), every, torch.cat(pairs)
 
 
 def two_way_lse_backward_reference(
@@ -63,8 +81,13 @@ def two_way_lse_backward_reference(
         f = widen(image[block])
         s = f @ g.t()
         z = s * scale
-        w = drows[block].unsqueeze(1) * (z - rows[block].unsqueeze(1)).exp() + dcolumns * (z - columns).exp()
-        w.diagonal(block.start + offset).add_(dpairs[block])
+        in_row = (z - rows[0, block].unsqueeze(1)) - rows[1, block].unsqueeze(1)
+        in_column = (z - columns[0]) - columns[1]
+        r = drows[block].unsqueeze(1)
+        w = r * in_row.exp() + dcolumns * in_column.exp()
+        # Where p nearly cancels the rest: the sum of r, c and p apart from what exp takes off one.
+        own = r * in_row.expm1() + dcolumns * in_column.expm1() + ((r + dcolumns) + dpairs[block].unsqueeze(1))
+        w.diagonal(block.start + offset).copy_(own.diagonal(block.start + offset))
         if needs[0]:
             dimage[block] = (scale * (w @ g)).to(image.dtype)
         if needs[1]:
@@ -80,8 +103,8 @@ define_op(
     stem="pairwise_scores",
     reference=two_way_lse_reference,
     fake=lambda image, text, scale, offset, bf16: (
-        scale.new_empty(image.shape[0]),
-        scale.new_empty(text.shape[0]),
+        scale.new_empty((2, image.shape[0])),
+        scale.new_empty((2, text.shape[0])),
         scale.new_empty(image.shape[0]),
     ),
 )
@@ -99,7 +122,7 @@ define_op(
 
 
 class TwoWayLse(torch.autograd.Function):
-    """(rows, columns, pairs), differentiable once; scale is a tensor () of the dtype of computation."""
+    """(rows, columns, pairs), differentiable once, parts by their sum; scale: () in the dtype of computation."""
 
     @staticmethod
     def forward(image: Tensor, text: Tensor, scale: Tensor, offset: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,7 +137,8 @@ class TwoWayLse(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, drows: Tensor, dcolumns: Tensor, dpairs: Tensor) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:3])
-        upstream = [grad.contiguous() for grad in (drows, dcolumns, dpairs)]
+        # The gradient of a log-sum-exp is that of its first number; the second is rounding.
+        upstream = [grad.contiguous() for grad in (drows[0], dcolumns[0], dpairs)]
         grads = torch.ops.llmkern.two_way_lse_bwd(*ctx.saved_tensors, *upstream, ctx.offset, needs)
         return *(grad if need else None for grad, need in zip(grads, needs)), None
 

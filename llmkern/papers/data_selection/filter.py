@@ -124,7 +124,7 @@ def _apply(
 
 
 def late_scores(store: Store, kept: np.ndarray, name: str, options: FilterOptions, run: Run) -> np.ndarray:
-    """VAS or NormSim of these rows alone, a file a shard; what a killed run has left is used again."""
+    """VAS or NormSim of these rows alone, a file a block; what a killed run has left is used again."""
     assert options.target is not None
     rows = open_rows(store.folder)
     target = load_target("select filter", options.target, rows.matrix(0, "image").shape[1])
@@ -137,29 +137,29 @@ def late_scores(store: Store, kept: np.ndarray, name: str, options: FilterOption
     numbers = folder / "rows.npy"
     if not numbers.exists():
         _save(numbers, kept)
-    done_already = [(folder / f"{shard.name}.npy").exists() for shard in rows.shards]
-    units = [(store.folder, i, str(folder), name, options) for i, found in enumerate(done_already) if not found]
+    starts = range(0, len(kept), ROWS)
+    todo = [start for start in starts if not _block_file(folder, start).exists()]
+    units = [(store.folder, start, str(folder), name, options) for start in todo]
     widest = 0 if target.rows is None else target.rows.numel() * target.rows.element_size()
     workers = run.processes("select filter", 2**27 + widest)
-    with progress_bar(f"{name} of survivors, shards", len(rows.shards), run.quiet) as advance:
-        advance(sum(done_already))
+    with progress_bar(f"{name} of survivors, blocks", len(starts), run.quiet) as advance:
+        advance(len(starts) - len(todo))
         run_units(score_survivors, units, workers=workers, ray=run.ray, done=lambda i, r: advance(1))
-    return np.concatenate([np.load(folder / f"{shard.name}.npy") for shard in rows.shards])
+    return np.concatenate([np.empty(0, np.float32), *(np.load(_block_file(folder, start)) for start in starts)])
 
 
-def score_survivors(store: str, shard: int, folder: str, name: str, options: FilterOptions) -> None:
+def _block_file(folder: Path, start: int) -> Path:
+    return folder / f"block-{start}.npy"
+
+
+def score_survivors(store: str, start: int, folder: str, name: str, options: FilterOptions) -> None:
     rows, kept = open_rows(store), np.load(f"{folder}/rows.npy", mmap_mode="r")
-    inside = slice(*np.searchsorted(kept, rows.offsets[shard : shard + 2]))
-    numbers = kept[inside] - rows.offsets[shard]
-    matrix = rows.matrix(shard, "image")
+    x = as_tensor(rows.take("image", kept[start : start + ROWS]))
     assert options.target is not None
-    target = load_target("select filter", options.target, matrix.shape[1])
-    out = np.empty(len(numbers), np.float32)
-    for start in range(0, len(numbers), ROWS):
-        x = as_tensor(matrix[numbers[start : start + ROWS]])
-        x = unit_rows(x) if options.normalize else x
-        out[start : start + ROWS] = row_score(name, x, target, options.p, options.precision)
-    _save(Path(folder) / f"{rows.shards[shard].name}.npy", out)
+    target = load_target("select filter", options.target, x.shape[1])
+    x = unit_rows(x) if options.normalize else x
+    out = row_score(name, x, target, options.p, options.precision)
+    _save(_block_file(Path(folder), start), out.numpy())
 
 
 def _vas_d_stage(

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from llmkern.papers.data_selection.score import Options, Run
 
 # A unit holds batches of about so many rows together: little is lost with it, and files stay few.
-UNIT_ROWS = 65536
+UNIT_ROWS = 32768
 # Where the table of convergence looks for the same samples.
 TOP = 0.3
 

@@ -89,6 +89,10 @@ def _bin_of(histogram: np.ndarray, count: int) -> tuple[int, int]:
 
 def ranks(scores: np.ndarray) -> np.ndarray:
     """Average ranks from 0, of finite scores."""
-    from scipy.stats import rankdata
-
-    return rankdata(scores) - 1
+    order = np.argsort(scores)
+    values = scores[order]
+    starts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]]))
+    ends = np.append(starts[1:], len(values))
+    out = np.empty(len(scores))
+    out[order] = np.repeat((starts + ends - 1) / 2, ends - starts)
+    return out
