@@ -334,6 +334,7 @@ def test_tiles_are_as_exact_as_torch(size: float, is_causal: bool, dtype: torch.
     assert_no_worse_than_torch(tiles, torchs, tensors, ("q", "k", "v"), 2.0)
 
 
+@pytest.mark.kernel
 def test_tiles_keep_many_small_weights_beside_a_large_one() -> None:
     """Logits within what needs no running maximum; added one by one to the sum, the small weights would be lost."""
     q, k, v = normal(1, 1, 8, 4, scale=0.1), normal(1, 1, 4000, 4, seed=1, scale=0.1), normal(1, 1, 4000, 4, seed=2)
