@@ -39,6 +39,10 @@ struct QueryTile {
   int64_t dim, tokens, stride;
   A* offset;
   const A* limit;
+
+  QueryTile from(int64_t begin) const {
+    return {x + begin, dim, tokens - begin, stride, offset + begin, limit + begin};
+  }
 };
 
 // p[j][token] = logits, -inf where not visible; keys that no token of a tile sees are left out: returns how many count.
@@ -160,10 +164,15 @@ struct PairGradients {
 // With P = exp(logit - offset), the share of the pair, and slope rows g (width, of which the last holds -do.o):
 // pull = v.g, ds = P pull, dx += ds k, dk += ds x, dv += P g, dbias += ds. p, ds: kKeyBlock rows of scratch each.
 template <typename A>
-inline void pull_back_pairs(const KeyBlock<A>& all, const QueryTile<A>& q, const A* g, int64_t width, A* p, A* ds,
-                            const PairGradients<A>& to) {
+inline void pull_back_pairs(const KeyBlock<A>& all, const QueryTile<A>& tile, const A* slopes, int64_t width, A* p,
+                            A* ds, const PairGradients<A>& to) {
   for (int64_t begin = 0; begin < all.count; begin += kKeyBlock) {
     const KeyBlock<A> keys = all.from(begin, kKeyBlock);
+    // Under a causal mask early tokens see nothing of late keys.
+    const A* seeing = std::find_if(tile.limit, tile.limit + tile.tokens, [&](A end) { return end > keys.position[0]; });
+    const int64_t first = (seeing - tile.limit) / kTileTokens<A> * kTileTokens<A>;
+    const QueryTile<A> q = tile.from(first);
+    const A* g = slopes + first;
     const int64_t count = masked_logits(keys, q, p);
     if (count == 0) continue;
     exponentials(count, q, p);
@@ -177,8 +186,9 @@ inline void pull_back_pairs(const KeyBlock<A>& all, const QueryTile<A>& q, const
             }
           });
     if (to.dx) {
-      outer(q.dim, count, q.tokens, keys.k, 1, keys.k_row, ds, q.stride,
-            [&](int64_t m, int64_t t, const auto& tile) { add_tile(to.dx + m * q.stride + t, q.stride, tile); });
+      outer(q.dim, count, q.tokens, keys.k, 1, keys.k_row, ds, q.stride, [&](int64_t m, int64_t t, const auto& sums) {
+        add_tile(to.dx + first + m * q.stride + t, q.stride, sums);
+      });
     }
     if (to.dk) dot(count, q.dim, q.tokens, ds, q.x, q.stride, to.dk + begin * q.dim, q.dim);
     if (to.dv) dot(count, width - 1, q.tokens, p, g, q.stride, to.dv + begin * (width - 1), width - 1);

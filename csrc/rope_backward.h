@@ -45,8 +45,12 @@ class PolynomialGradients {
       for (int64_t chunk = first; chunk < last; ++chunk)
         exact_.chunk(chunk * in_.options.chunk, chunk_end(chunk), stride, numbers.get());
     });
-    // Neither scan reads or writes what the other writes.
-    for_segments([&](int64_t s) { s ? scan_back() : scan_forward(); });
+    // Neither scan reads or writes what the other writes. The one backward does half as much again for each token: what
+    // is left of it when the other ends is shared, chunk by chunk.
+    const int64_t shared = chunks() / 4;
+    const BackwardScan back(*this);
+    for_segments([&](int64_t s) { s ? back.run(shared, chunks()) : scan_forward(); });
+    back.run(0, shared);
   }
 
  private:
@@ -66,10 +70,12 @@ class PolynomialGradients {
 
   int64_t state_size() const { return rows_ * width_; }
   int64_t chunks() const { return (in_.queries + in_.options.chunk - 1) / in_.options.chunk; }
-  // Tokens of a task within a chunk: where there is one thread for it, all, for which states are read once.
+  // Tokens of a task within a chunk: a share for each thread, since each task reads whole states.
   int64_t task_tokens() const {
-    const bool alone = at::in_parallel_region() || at::get_num_threads() == 1;
-    return alone ? std::min(kPanelTokens, in_.options.chunk) : kTileTokens<A>;
+    const int64_t chunk = std::min(kPanelTokens, in_.options.chunk);
+    if (at::in_parallel_region()) return chunk;
+    const int64_t threads = at::get_num_threads();
+    return std::min(chunk, std::max(kTileTokens<A>, token_stride<A>((chunk + threads - 1) / threads)));
   }
   int64_t chunk_end(int64_t chunk) const { return std::min(in_.queries, (chunk + 1) * in_.options.chunk); }
 
@@ -184,42 +190,62 @@ class PolynomialGradients {
   }
 
   // Backward over chunks: dk and dv against the queries of the chunks after.
-  void scan_back() const {
-    const int64_t tokens = task_tokens();
-    const Buffer<A> ds(state_size()), packed(packed_size(rows_, width_)), moments(state_size());
-    ds.zero();
-    const Rows queries(*this, std::min(kPanelTokens, in_.options.chunk));
-    for (int64_t chunk = chunks() - 1; chunk >= 0; --chunk) {
-      const int64_t begin = chunk * in_.options.chunk, end = chunk_end(chunk), key_end = std::min(end, in_.keys);
-      const int64_t tiles = (std::max<int64_t>(0, key_end - begin) + tokens - 1) / tokens;
-      at::parallel_for(0, end < in_.queries ? tiles : 0, 1, [&](int64_t first, int64_t last) {
-        const Rows rows(*this, tokens);
-        for (int64_t task = first; task < last; ++task) {
-          const int64_t key = begin + task * tokens;
-          key_rows(key, std::min(tokens, key_end - key), ds.get(), packed.get(), rows);
-        }
-      });
-      if (begin == 0) break;
-      for (int64_t g = 0; g < in_.group; ++g) {
-        for (int64_t i = begin; i < end; i += kPanelTokens) {
-          build_queries(g, i, std::min(kPanelTokens, end - i), queries);
-          at::parallel_for(0, (rows_ + 31) / 32, 1, [&](int64_t first, int64_t last) {
-            const int64_t stride = queries.stride;
-            const Buffer<A> scratch(width_ * stride);
-            for_row_blocks(in_.tables, first * 32, std::min(rows_, last * 32), [&](int64_t low, int64_t high) {
-              std::fill(moments.get() + low * width_, moments.get() + high * width_, A(0));
-              add_moments(in_.tables, queries.panel.get(), queries.columns.get(), width_, stride, stride, scratch.get(),
-                          moments.get(), low, high);
-              add_scaled(g, moments.get(), ds.get(), low, high);
-              const A* from = ds.get();
-              pack_state(rows_, width_, low, high, packed.get(),
-                         [&](int64_t r, int64_t c) { return from[r * width_ + c]; });
-            });
-          });
+  class BackwardScan {
+   public:
+    explicit BackwardScan(const PolynomialGradients& parent)
+        : parent_(parent),
+          in_(parent.in_),
+          ds_(parent.state_size()),
+          packed_(packed_size(parent.rows_, parent.width_)),
+          moments_(parent.state_size()),
+          queries_(parent, std::min(kPanelTokens, parent.in_.options.chunk)) {
+      ds_.zero();
+    }
+
+    // Chunks [first, last), from the last on: those after have been through.
+    void run(int64_t first, int64_t last) const {
+      for (int64_t chunk = last - 1; chunk >= first; --chunk) {
+        const int64_t begin = chunk * in_.options.chunk, end = parent_.chunk_end(chunk);
+        if (end < in_.queries) pull_keys(begin, std::min(end, in_.keys));
+        for (int64_t g = 0; begin > 0 && g < in_.group; ++g) {
+          for (int64_t i = begin; i < end; i += kPanelTokens) add_queries(g, i, std::min(kPanelTokens, end - i));
         }
       }
     }
-  }
+
+   private:
+    void pull_keys(int64_t begin, int64_t end) const {
+      const int64_t tokens = parent_.task_tokens();
+      at::parallel_for(0, begin < end ? (end - begin + tokens - 1) / tokens : 0, 1, [&](int64_t first, int64_t last) {
+        const Rows rows(parent_, tokens);
+        for (int64_t task = first; task < last; ++task) {
+          const int64_t key = begin + task * tokens;
+          parent_.key_rows(key, std::min(tokens, end - key), ds_.get(), packed_.get(), rows);
+        }
+      });
+    }
+
+    void add_queries(int64_t g, int64_t begin, int64_t count) const {
+      const int64_t rows = parent_.rows_, width = parent_.width_, stride = queries_.stride;
+      parent_.build_queries(g, begin, count, queries_);
+      at::parallel_for(0, (rows + 31) / 32, 1, [&](int64_t first, int64_t last) {
+        const Buffer<A> scratch(width * stride);
+        for_row_blocks(in_.tables, first * 32, std::min(rows, last * 32), [&](int64_t low, int64_t high) {
+          std::fill(moments_.get() + low * width, moments_.get() + high * width, A(0));
+          add_moments(in_.tables, queries_.panel.get(), queries_.columns.get(), width, stride, stride, scratch.get(),
+                      moments_.get(), low, high);
+          parent_.add_scaled(g, moments_.get(), ds_.get(), low, high);
+          const A* from = ds_.get();
+          pack_state(rows, width, low, high, packed_.get(), [&](int64_t r, int64_t c) { return from[r * width + c]; });
+        });
+      });
+    }
+
+    const PolynomialGradients& parent_;
+    const Problem<T>& in_;
+    Buffer<A> ds_, packed_, moments_;
+    Rows queries_;
+  };
 
   const KeySide<T>& side_;
   const Problem<T>& in_;
