@@ -43,6 +43,8 @@ from _machine import matmul_rate, peak_bytes, read_bandwidth, seconds_per_call, 
 from torch import Tensor
 
 MIN_ROUNDS, MIN_ROUNDS_QUICK, MAX_ROUNDS = 9, 3, 400
+# Rounds longer than this vary less than short ones: the fewest are enough.
+LONG_ROUND_SECONDS = 5.0
 # A sample shorter than this is several calls, so that the clock's own cost does not count.
 SAMPLE_SECONDS, PILOT_SECONDS = 5e-4, 0.05
 PEER_FACTOR = 8
@@ -255,7 +257,8 @@ def _time_in_turns(calls: dict[str, Callable[[], Any]], device: str, seconds: fl
         pilot = _pilot(call, device)
         repeats[name] = max(1, math.ceil(SAMPLE_SECONDS / pilot))
         cost += pilot * repeats[name]
-    rounds = max(MIN_ROUNDS if seconds >= 1 else MIN_ROUNDS_QUICK, min(MAX_ROUNDS, int(seconds / cost)))
+    fewest = MIN_ROUNDS if seconds >= 1 and cost < LONG_ROUND_SECONDS else MIN_ROUNDS_QUICK
+    rounds = max(fewest, min(MAX_ROUNDS, int(seconds / cost)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
     gc.collect()
