@@ -2,6 +2,7 @@
 #include "toeplitz_fourier.h"
 
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -11,177 +12,183 @@ namespace llmkern {
 inline namespace CPU_CAPABILITY {
 namespace {
 
-// Tasks go in this many parts, each of which sums on its own, in order.
-constexpr int64_t kParts = 8;
+// A call goes in about this many parts, each of which sums on its own, in order; and where there are columns enough
+// a part has about this many of them.
+constexpr int64_t kParts = 8, kColumns = 4;
+
+// Rows of distances -(keys - 1) .. rows - 1 <-> rows on a circle, where negative ones are counted from its end.
+at::Tensor on_circle(const at::Tensor& symbols, int64_t rows, int64_t length) {
+  const int64_t keys = symbols.size(1) - rows + 1;
+  const at::Tensor circle = at::zeros({symbols.size(0), length}, symbols.options());
+  circle.narrow(1, 0, rows).copy_(symbols.narrow(1, keys - 1, rows));
+  circle.narrow(1, length - keys + 1, keys - 1).copy_(symbols.narrow(1, 0, keys - 1));
+  return circle;
+}
+
+at::Tensor off_circle(const at::Tensor& circle, int64_t rows, int64_t keys) {
+  return at::cat({circle.narrow(1, circle.size(1) - keys + 1, keys - 1), circle.narrow(1, 0, rows)}, 1);
+}
 
 // One head; see the schema for the tensors.
 template <typename A>
 struct Call {
   at::Tensor x, y, columns, symbols, coefficients, moments;
   std::shared_ptr<const Transform<A>> transform;
-  Sequences sequences;
+  bool own_symbols;
+  std::vector<Part> parts;
 
-  Call(const at::Tensor& x_, const at::Tensor& y_, const at::Tensor& columns_, const at::Tensor& circle,
-       const at::Tensor& coefficients_, const at::Tensor& moments_, bool by_column)
+  Call(const at::Tensor& x_, const at::Tensor& y_, const at::Tensor& columns_, const at::Tensor& symbols_,
+       const at::Tensor& coefficients_, const at::Tensor& moments_)
       : x(x_.contiguous()),
         y(y_.contiguous()),
         columns(columns_.t().contiguous()),
         coefficients(coefficients_.contiguous()),
         moments(moments_.contiguous()),
-        transform(Transform<A>::of(circle.size(1))),
-        sequences{x.size(0), columns.size(0), circle.size(0) > 1, by_column} {
-    TORCH_CHECK_VALUE(circle.size(1) >= x.size(1) + y.size(1) - 1, "toeplitz_attention: expected a circle of at least ",
-                      x.size(1) + y.size(1) - 1, " distances, got ", circle.size(1));
-    TORCH_CHECK_VALUE(circle.size(0) == 1 || circle.size(0) == x.size(0), "toeplitz_attention: expected one symbol or ",
-                      x.size(0), ", got ", circle.size(0));
-    symbols = circle.div(static_cast<double>(circle.size(1))).contiguous();
-    if (sequences.own_symbols) return;
-    const at::Tensor spectrum = at::empty({2, transform->length()}, x.options()), buffer = buffers(1);
-    transform_shared(*transform, symbols.const_data_ptr<A>(), buffer.mutable_data_ptr<A>(),
-                     spectrum.mutable_data_ptr<A>());
+        transform(Transform<A>::of(symbols_.size(1))),
+        own_symbols(symbols_.size(0) > 1) {
+    TORCH_CHECK_VALUE(symbols_.size(1) == x.size(1) + y.size(1) - 1, "toeplitz_attention: expected symbols of ",
+                      x.size(1) + y.size(1) - 1, " distances, got ", symbols_.size(1));
+    TORCH_CHECK_VALUE(symbols_.size(0) == 1 || symbols_.size(0) == x.size(0),
+                      "toeplitz_attention: expected one symbol or ", x.size(0), ", got ", symbols_.size(0));
+    symbols = on_circle(symbols_, x.size(1), transform->length()).div_(static_cast<double>(transform->length()));
+    const int64_t features = x.size(0), width = columns.size(0);
+    // By columns too, unless each part would transform the symbol of a feature anew.
+    const int64_t across = own_symbols ? 1 : std::clamp<int64_t>(width / kColumns, 1, kParts);
+    const int64_t along = std::min(features, kParts / across);
+    for (int64_t i = 0; i < along; ++i) {
+      for (int64_t j = 0; j < across; ++j) {
+        parts.push_back({{i * features / along, (i + 1) * features / along},
+                         {j * width / across, (j + 1) * width / across},
+                         own_symbols});
+      }
+    }
+    if (own_symbols) return;
+    const at::Tensor spectrum = buffers(1);
+    transform_symbol(*transform, symbols.const_data_ptr<A>(), spectrum.mutable_data_ptr<A>());
     symbols = spectrum;
   }
 
-  at::Tensor buffers(int64_t count) const {
-    return at::empty({count, transform->length() * Transform<A>::kElement}, x.options());
-  }
-  int64_t tasks() const { return sequences.tasks<A>(); }
-  int64_t parts() const { return std::min(kParts, tasks()); }
-  // First task of a part.
-  int64_t begin(int64_t part) const { return part * tasks() / parts(); }
+  at::Tensor buffers(int64_t count) const { return at::empty({count, transform->buffer_size()}, x.options()); }
   FourierProblem<A> problem() const {
     return {*transform,
-            sequences,
             rows(x),
             rows(y),
             rows(columns),
+            columns.size(0),
             coefficients.const_data_ptr<A>(),
             moments.const_data_ptr<A>(),
             rows(symbols)};
   }
   static Rows<A> rows(const at::Tensor& t) { return {t.const_data_ptr<A>(), t.size(1)}; }
 
-  // body(part, buffers): each part by one thread.
+  // body(number of a part, buffers): each by one thread.
   template <typename Body>
   void for_parts(int64_t count, Body body) const {
-    const int64_t parts = this->parts();
+    const int64_t last = static_cast<int64_t>(parts.size());
     std::atomic<int64_t> next{0};
-    at::parallel_for(0, std::min<int64_t>(parts, at::get_num_threads()), 1, [&](int64_t, int64_t) {
+    at::parallel_for(0, std::min<int64_t>(last, at::get_num_threads()), 1, [&](int64_t, int64_t) {
       const at::Tensor scratch = buffers(count);
       std::vector<A*> each;
       for (int64_t b = 0; b < count; ++b) each.push_back(scratch.mutable_data_ptr<A>() + b * scratch.size(1));
       each.resize(4, nullptr);
-      for (int64_t part = next++; part < parts; part = next++) body(part, each.data());
+      for (int64_t number = next++; number < last; number = next++) body(number, each.data());
     });
   }
 };
 
-// Sums that tasks or parts of a call make on their own, (their number, rows, tokens).
+// Sums of rows of ``tokens`` that parts make on their own: ranges[part] of all rows.
 template <typename A>
 class Partial {
  public:
-  Partial(int64_t count, int64_t rows, int64_t tokens, const at::Tensor& like)
-      : sums_(at::zeros({count, rows, tokens}, like.options())) {}
-  Sums<A> of(int64_t number, int64_t first = 0) const {
-    return {sums_.mutable_data_ptr<A>() + number * sums_.size(1) * sums_.size(2), sums_.size(2), first};
+  Partial(std::vector<Range> ranges, int64_t tokens, const at::Tensor& like) : ranges_(std::move(ranges)) {
+    for (const Range& range : ranges_) sums_.push_back(at::zeros({range.size(), tokens}, like.options()));
   }
-  at::Tensor total() const {
-    at::Tensor total = sums_.select(0, 0);
-    for (int64_t i = 1; i < sums_.size(0); ++i) total = total.add_(sums_.select(0, i));
-    return total;
+  Sums<A> of(int64_t part) const {
+    return {sums_[part].mutable_data_ptr<A>(), sums_[part].size(1), ranges_[part].begin};
   }
-  // Rows of every part added to those of all, of which part ``number`` holds those from first(number) on.
-  template <typename First>
-  at::Tensor spread(int64_t count, First first) const {
-    const at::Tensor all = at::zeros({count, sums_.size(2)}, sums_.options());
-    for (int64_t i = 0; i < sums_.size(0); ++i) {
-      const int64_t rows = std::min(sums_.size(1), count - first(i));
-      all.narrow(0, first(i), rows).add_(sums_.select(0, i).narrow(0, 0, rows));
-    }
+  at::Tensor total(int64_t rows) const {
+    const at::Tensor all = at::zeros({rows, sums_[0].size(1)}, sums_[0].options());
+    for (size_t part = 0; part < sums_.size(); ++part)
+      all.narrow(0, ranges_[part].begin, ranges_[part].size()).add_(sums_[part]);
     return all;
   }
 
  private:
-  at::Tensor sums_;
+  std::vector<Range> ranges_;
+  std::vector<at::Tensor> sums_;
 };
 
+template <typename Body>
+std::vector<Range> ranges_of(const std::vector<Part>& parts, Body body) {
+  std::vector<Range> ranges;
+  for (const Part& part : parts) ranges.push_back(body(part));
+  return ranges;
+}
+
 at::Tensor toeplitz_fourier_fwd(const at::Tensor& x, const at::Tensor& y, const at::Tensor& columns,
-                                const at::Tensor& circle, const at::Tensor& coefficients, const at::Tensor& moments) {
+                                const at::Tensor& symbols, const at::Tensor& coefficients, const at::Tensor& moments) {
   at::Tensor out;
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "toeplitz_fourier_fwd", [&] {
     using A = scalar_t;
-    const Call<A> call(x, y, columns, circle, coefficients, moments, true);
+    const Call<A> call(x, y, columns, symbols, coefficients, moments);
     const FourierProblem<A> in = call.problem();
-    const int64_t rows = columns.size(1) + 1;
-    const auto columns_of = [&](int64_t part) {
-      return call.sequences.columns_of<A>(call.begin(part), call.begin(part + 1));
+    const auto rows_of = [&](const Part& part) {
+      return Range{part.columns.begin, part.columns.end + (part.columns.end == in.width)};
     };
-    int64_t most = 0;
-    for (int64_t part = 0; part < call.parts(); ++part) {
-      const auto [begin, end] = columns_of(part);
-      most = std::max(most, end - begin);
-    }
-    const Partial<A> sums(call.parts(), most, x.size(1), x);
-    call.for_parts(call.sequences.own_symbols ? 2 : 1, [&](int64_t part, A* const* buffers) {
-      for (int64_t task = call.begin(part); task < call.begin(part + 1); ++task)
-        fourier_forward(in, task, buffers, sums.of(part, columns_of(part).first));
+    const Partial<A> sums(ranges_of(call.parts, rows_of), x.size(1), x);
+    call.for_parts(call.own_symbols ? 2 : 1, [&](int64_t number, A* const* buffers) {
+      const Part& part = call.parts[number];
+      for (int64_t task = 0; task < part.tasks(); ++task) fourier_forward(in, part, task, buffers, sums.of(number));
     });
-    out = sums.spread(rows, [&](int64_t part) { return columns_of(part).first; }).t();
+    out = sums.total(in.width + 1).t();
   });
   return out;
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> toeplitz_fourier_bwd(
     const at::Tensor& grad, const at::Tensor& x, const at::Tensor& y, const at::Tensor& columns,
-    const at::Tensor& circle, const at::Tensor& coefficients, bool want_symbols) {
-  at::Tensor dx, dy, dcolumns, dcircle = at::empty({0}, circle.options());
+    const at::Tensor& symbols, const at::Tensor& coefficients, bool want_symbols) {
+  at::Tensor dx, dy, dcolumns, dsymbols = at::empty({0}, symbols.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "toeplitz_fourier_bwd", [&] {
     using A = scalar_t;
-    const Call<A> call(x, y, columns, circle, coefficients, coefficients, false);
+    const Call<A> call(x, y, columns, symbols, coefficients, coefficients);
     const FourierProblem<A> in = call.problem();
     const at::Tensor slope = grad.t().contiguous();
-    const bool own = call.sequences.own_symbols, shared = want_symbols && !own;
-    const int64_t features = x.size(0), length = circle.size(1);
-    const auto first_of = [&](int64_t task) { return call.sequences.features_of<A>(task).first; };
-    int64_t most = 1;
-    for (int64_t task = 0; task < call.tasks(); ++task) {
-      const auto [begin, end] = call.sequences.features_of<A>(task);
-      most = std::max(most, end - begin);
-    }
-    const Partial<A> of_x(call.tasks(), most, x.size(1), x), of_y(call.tasks(), most, y.size(1), x),
-        of_columns(call.parts(), columns.size(1), y.size(1), x),
-        of_symbols(call.tasks(), most, want_symbols && own ? length : 0, x),
-        of_spectrum(call.parts(), 2, shared ? length : 0, x);
-    call.for_parts(want_symbols && own ? 4
-                   : own               ? 3
-                                       : 2,
-                   [&](int64_t part, A* const* buffers) {
-                     for (int64_t task = call.begin(part); task < call.begin(part + 1); ++task) {
-                       const int64_t begin = first_of(task);
-                       const FourierGradients<A> to{
-                           Call<A>::rows(slope),
-                           of_x.of(task, begin),
-                           of_y.of(task, begin),
-                           of_columns.of(part),
-                           shared ? of_spectrum.of(part).at : nullptr,
-                           want_symbols && own ? of_symbols.of(task, begin) : Sums<A>{nullptr, 0, 0}};
-                       fourier_backward(in, task, buffers, to);
-                     }
+    const bool own = want_symbols && call.own_symbols, shared = want_symbols && !own;
+    const int64_t features = x.size(0), length = call.transform->length();
+    const auto by_feature = ranges_of(call.parts, [](const Part& part) { return part.features; });
+    const auto by_column = ranges_of(call.parts, [](const Part& part) { return part.columns; });
+    const auto as_one = ranges_of(call.parts, [](const Part&) { return Range{0, 1}; });
+    const Partial<A> of_x(by_feature, x.size(1), x), of_y(by_feature, y.size(1), x),
+        of_columns(by_column, y.size(1), x), of_symbols(by_feature, own ? length : 0, x),
+        of_spectrum(as_one, shared ? call.transform->buffer_size() : 0, x);
+    call.for_parts(own                ? 4
+                   : call.own_symbols ? 3
+                                      : 2,
+                   [&](int64_t number, A* const* buffers) {
+                     const Part& part = call.parts[number];
+                     const FourierGradients<A> to{Call<A>::rows(slope),
+                                                  of_x.of(number),
+                                                  of_y.of(number),
+                                                  of_columns.of(number),
+                                                  shared ? of_spectrum.of(number).at : nullptr,
+                                                  own ? of_symbols.of(number) : Sums<A>{nullptr, 0, 0}};
+                     for (int64_t task = 0; task < part.tasks(); ++task) fourier_backward(in, part, task, buffers, to);
                    });
-    dx = of_x.spread(features, first_of);
-    dy = of_y.spread(features, first_of);
-    dcolumns = of_columns.total().t();
+    dx = of_x.total(features);
+    dy = of_y.total(features);
+    dcolumns = of_columns.total(in.width).t();
+    if (!want_symbols) return;
+    at::Tensor circle;
     if (shared) {
-      const at::Tensor spectrum = of_spectrum.total(), buffer = call.buffers(1);
-      dcircle = at::empty(circle.sizes(), x.options());
-      transform_shared_back(*call.transform, spectrum.const_data_ptr<A>(), buffer.mutable_data_ptr<A>(),
-                            dcircle.mutable_data_ptr<A>());
-    } else if (want_symbols) {
-      dcircle = of_symbols.spread(features, first_of);
+      circle = at::zeros({1, length}, x.options());
+      transform_symbol_back(*call.transform, of_spectrum.total(1).mutable_data_ptr<A>(), circle.mutable_data_ptr<A>());
+    } else {
+      circle = of_symbols.total(features);
     }
-    if (want_symbols) dcircle.div_(static_cast<double>(length));
+    dsymbols = off_circle(circle, x.size(1), y.size(1)).div_(static_cast<double>(length));
   });
-  return {dx, dy, dcolumns, dcircle};
+  return {dx, dy, dcolumns, dsymbols};
 }
 
 }  // namespace

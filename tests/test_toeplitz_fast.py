@@ -263,10 +263,11 @@ def test_fast_lengths() -> None:
         assert fast_length(least) == next(x for x in smooth if x >= least)
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("length", [2, 3, 5, 8, 16, 30, 54, 640, 3000])
 @pytest.mark.parametrize("is_own", [False, True])
 def test_transforms_are_those_of_torch(length: int, is_own: bool) -> None:
-    """Every radix; circles with room to spare; and the same bits from one thread as from two."""
+    """Every radix; more queries than keys; and the same bits from one thread as from two."""
     rows, features, width = (length + 1) // 2, 11, 3
     keys = length + 1 - rows
     shapes = [(features, rows), (features, keys), (keys, width), (features if is_own else 1, length), (features,)]
@@ -283,7 +284,7 @@ def test_transforms_are_those_of_torch(length: int, is_own: bool) -> None:
                 (fourier_reference, fourier_backward_reference, base, slope),
             )
         )
-        for name, got, true, other in zip(("N", "x", "y", "columns", "circle"), ours, truth, plain):
+        for name, got, true, other in zip(("N", "x", "y", "columns", "symbols"), ours, truth, plain):
             assert_close(name, got, true, other, dtype, FACTOR)
     threads = torch.get_num_threads()
     try:

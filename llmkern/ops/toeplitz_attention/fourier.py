@@ -3,8 +3,8 @@ r"""Sums over all keys by fast Fourier transforms: for symbols of any shape. One
     N_i = sum_alpha coefficient_alpha x_i^alpha (symbol_alpha * (y^alpha columns))_i
 
 Convolutions are linear: of length N + M - 1 at least, so that nothing wraps around, and a product of powers of 2, 3 and
-5. Symbols stand on a circle of that length, distance t at t, or at length + t where it is negative; they are
-transformed once. In C++ features are made and consumed as transforms read and write them; what stands here goes by
+5; symbols are transformed once. In C++ features are made and consumed as transforms read and write them; what stands
+here goes by
 ``torch.fft``, in batches that stay in the cache: the reference, and what GPUs run.
 """
 
@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmkern._library import define_op
@@ -46,7 +47,7 @@ class FourierProduct:
         self, x: Tensor, y: Tensor, columns: Tensor, symbols: Tensor, coefficients: Tensor, moments: Tensor
     ) -> Tensor:
         """(rows, c + 1): N, and beside it its last column with the weights ``moments`` in place of the others."""
-        return torch.ops.llmkern.toeplitz_fourier_fwd(x, y, columns, self._circle(symbols), coefficients, moments)
+        return torch.ops.llmkern.toeplitz_fourier_fwd(x, y, columns, symbols, coefficients, moments)
 
     def backward(
         self,
@@ -59,9 +60,9 @@ class FourierProduct:
         want_symbols: bool,
     ) -> Gradients:
         """Of N (rows, c)."""
-        inputs = (x, y, columns, self._circle(symbols), coefficients)
-        dx, dy, dcolumns, dcircle = torch.ops.llmkern.toeplitz_fourier_bwd(grad, *inputs, want_symbols)
-        return Gradients(dx, dy, dcolumns, self._distances(dcircle) if want_symbols else None)
+        inputs = (x, y, columns, symbols, coefficients)
+        dx, dy, dcolumns, dsymbols = torch.ops.llmkern.toeplitz_fourier_bwd(grad, *inputs, want_symbols)
+        return Gradients(dx, dy, dcolumns, dsymbols if want_symbols else None)
 
     def errors(self, x: Tensor, y: Tensor, weights: Tensor, symbols: Tensor, _: Tensor | None) -> Tensor:
         """(rows, 2): zero, and what the rounding of transforms adds to sums of monomials of these weights."""
@@ -70,23 +71,17 @@ class FourierProduct:
         slack = x.abs().mT @ (unit * weights * norms)
         return torch.stack([torch.zeros_like(slack), slack], 1)
 
-    def _circle(self, symbols: Tensor) -> Tensor:
-        circle = symbols.new_zeros(len(symbols), self.length)
-        circle[:, : self.rows] = symbols[:, self.keys - 1 :]
-        if self.keys > 1:
-            circle[:, 1 - self.keys :] = symbols[:, : self.keys - 1]
-        return circle
-
-    def _distances(self, circle: Tensor) -> Tensor:
-        """The transpose of the placing above."""
-        symbols = circle.new_zeros(len(circle), self.rows + self.keys - 1)
-        symbols[:, self.keys - 1 :] = circle[:, : self.rows]
-        if self.keys > 1:
-            symbols[:, : self.keys - 1] = circle[:, 1 - self.keys :]
-        return symbols
-
 
 # The products by torch.fft --------------------------------------------------------------------------------------------
+
+
+def _spectrum(symbols: Tensor, rows: int, length: int) -> Tensor:
+    """Of symbols on a circle: distance t stands at t, or at length + t where it is negative."""
+    keys = symbols.shape[1] - rows + 1
+    circle = F.pad(symbols[:, keys - 1 :], (0, length - rows))
+    if keys > 1:
+        circle[:, 1 - keys :] = symbols[:, : keys - 1]
+    return torch.fft.rfft(circle)
 
 
 def _batches(spectrum: Tensor, features: int, width: int, length: int) -> Iterator[tuple[slice, Tensor]]:
@@ -98,10 +93,11 @@ def _batches(spectrum: Tensor, features: int, width: int, length: int) -> Iterat
 
 
 def fourier_reference(
-    x: Tensor, y: Tensor, columns: Tensor, circle: Tensor, coefficients: Tensor, moments: Tensor
+    x: Tensor, y: Tensor, columns: Tensor, symbols: Tensor, coefficients: Tensor, moments: Tensor
 ) -> Tensor:
-    """x (R, rows), y (R, keys), columns (keys, c), circle (1 or R, length) -> as ``FourierProduct.forward``."""
-    rows, length, spectrum = x.shape[1], circle.shape[1], torch.fft.rfft(circle)
+    """x (R, rows), y (R, keys), columns (keys, c), symbols (1 or R, N + M - 1) -> N of ``FourierProduct``."""
+    rows, length = x.shape[1], fast_length(symbols.shape[1])
+    spectrum = _spectrum(symbols, rows, length)
     total = columns.new_zeros(columns.shape[1] + 1, rows)
     for part, symbol in _batches(spectrum, len(x), columns.shape[1], length):
         of_keys = torch.fft.rfft(y[part, None] * columns.mT, n=length)
@@ -112,10 +108,11 @@ def fourier_reference(
 
 
 def fourier_backward_reference(
-    grad: Tensor, x: Tensor, y: Tensor, columns: Tensor, circle: Tensor, coefficients: Tensor, want_symbols: bool
+    grad: Tensor, x: Tensor, y: Tensor, columns: Tensor, symbols: Tensor, coefficients: Tensor, want_symbols: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, y, columns and circle; the last is empty where it is not wanted."""
-    rows, keys, length, spectrum = x.shape[1], y.shape[1], circle.shape[1], torch.fft.rfft(circle)
+    """Gradients of x, y, columns and symbols; the last is empty where it is not wanted."""
+    rows, keys, length = x.shape[1], y.shape[1], fast_length(symbols.shape[1])
+    spectrum = _spectrum(symbols, rows, length)
     dx, dy, dcolumns = torch.empty_like(x), torch.empty_like(y), torch.zeros_like(columns.mT)
     dspectrum = torch.zeros_like(spectrum) if want_symbols else None
     for part, symbol in _batches(spectrum, len(x), columns.shape[1], length):
@@ -132,27 +129,29 @@ def fourier_backward_reference(
                 dspectrum += pairs.sum(0, keepdim=True)
             else:
                 dspectrum[part] = pairs
-    dcircle = circle.new_empty(0) if dspectrum is None else torch.fft.irfft(dspectrum, n=length)
-    return dx, dy, dcolumns.mT, dcircle
+    if dspectrum is None:
+        return dx, dy, dcolumns.mT, symbols.new_empty(0)
+    circle = torch.fft.irfft(dspectrum, n=length)
+    return dx, dy, dcolumns.mT, torch.cat([circle[:, length - keys + 1 :], circle[:, :rows]], 1)
 
 
 define_op(
     "toeplitz_fourier_fwd",
-    "(Tensor x, Tensor y, Tensor columns, Tensor circle, Tensor coefficients, Tensor moments) -> Tensor",
+    "(Tensor x, Tensor y, Tensor columns, Tensor symbols, Tensor coefficients, Tensor moments) -> Tensor",
     stem="toeplitz_attention",
     reference=fourier_reference,
     fake=lambda x, y, columns, *_: x.new_empty(columns.shape[1] + 1, x.shape[1]).mT,
 )
 define_op(
     "toeplitz_fourier_bwd",
-    "(Tensor grad, Tensor x, Tensor y, Tensor columns, Tensor circle, Tensor coefficients, bool want_symbols)"
+    "(Tensor grad, Tensor x, Tensor y, Tensor columns, Tensor symbols, Tensor coefficients, bool want_symbols)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     stem="toeplitz_attention",
     reference=fourier_backward_reference,
-    fake=lambda grad, x, y, columns, circle, coefficients, want_symbols: (
+    fake=lambda grad, x, y, columns, symbols, coefficients, want_symbols: (
         torch.empty_like(x),
         torch.empty_like(y),
         columns.new_empty(columns.shape[::-1]).mT,
-        circle.new_empty(circle.shape if want_symbols else 0),
+        symbols.new_empty(symbols.shape if want_symbols else 0),
     ),
 )
