@@ -15,7 +15,7 @@ from torch import Tensor
 
 import llmkern
 from llmkern.ops.vas_score.moment import second_moment_sum_reference
-from llmkern.ops.vas_score.screen import vas_screen_reference
+from llmkern.ops.vas_score.screen import _low_rank_bounds, vas_screen_reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -283,7 +283,24 @@ def test_bounds_hold_and_are_those_of_the_reference(dtype: torch.dtype, rank: in
 
 def test_screening_spares_work() -> None:
     x, sigma = falling_spectrum(4000, 100, torch.float16)
-    assert 0 < llmkern.vas_top(x, sigma, 1200, rank=30).rescored < 400
+    assert 0 < llmkern.vas_top(x, sigma, 1200, rank=8).rescored < 80
+    assert llmkern.vas_top(x, sigma, 1200, rank=30).rescored < 10
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([1, 9, 40]), st.floats(-6, 6))
+def test_bounds_hold_rounding_included(seed: int, rank: int, scale: float) -> None:
+    """Of scores in float64 and of those that the op gives; at full rank rounding is all that there is."""
+    generator = torch.Generator().manual_seed(seed)
+    x = 10**scale * torch.randn(200, 40, generator=generator)
+    factor = torch.randn(40, 40, generator=generator) * torch.arange(1, 41) ** -1.0
+    sigma = factor @ factor.t() + 0.1 * torch.randn(40, 40, generator=generator)
+    lower, upper = _low_rank_bounds(x, sigma, rank)
+    for score in (llmkern.vas_score(x, sigma).double(), llmkern.vas_score(x.double(), sigma.double())):
+        assert bool(((lower <= score) & (score <= upper)).all())
+    if rank == 40:
+        wide = 2 * 1.1 * 2.0**-24 * 5 * (40 + 16) * float(sigma.norm())
+        assert bool((upper - lower <= wide * x.double().square().sum(1)).all())
 
 
 @settings(max_examples=25, deadline=None)
@@ -307,6 +324,7 @@ def test_top_refuses() -> None:
         (lambda: llmkern.vas_top(x, sigma, 2, screen="fp8"), "one of low_rank, bf16, got 'fp8'"),
         (lambda: llmkern.vas_top(x, sigma, 2, rank=0), "rank of at least 1, got 0"),
         (lambda: llmkern.vas_top(x, sigma[:2], 2), "sigma as a tensor of shape"),
+        (lambda: llmkern.vas_top(x, sigma / 0, 2), "finite sigma, got NaN or infinity"),
     ):
         with pytest.raises(ValueError, match=sentence):
             call()

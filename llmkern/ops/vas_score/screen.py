@@ -7,8 +7,14 @@ Low rank: with eigenpairs (lambda_k, u_k) of the symmetric part of sigma, r of t
 
 bf16: rounding both factors moves a score by at most (2^-7 + 2^-8 and a little) |x|^T |S| |x| <= that times |S|_F |x|^2.
 
-To either bound comes what rounding in fp32 can do to the cheap score and to ``vas_score``: sums of d products err by at
-most d u |S|_F |x|^2, u = 2^-24, and the same for the projections.
+To either bound comes what rounding can do to the cheap score and to ``vas_score``. A sum of n products in any order
+errs by at most g(n) = n u / (1 - n u) times the sum of their sizes, u = 2^-24 in fp32; a projection z_k thus by
+g(d) |x|, and sum_k |w_k| |z_k| <= |w| |x|. In units of |x|^2:
+
+    x^T S x, twice a sum of d          2 g(d) |S|_F
+    sum_k w_k z_k^2                    2 g(d) |w| + g(r) max_k |w_k|
+    m |x|^2                            g(d) |m|
+    h (|x|^2 - sum_k z_k^2)            h (2 g(d) sqrt(r) + g(d) + g(r))
 """
 
 from __future__ import annotations
@@ -23,8 +29,8 @@ from llmkern.ops.embeddings import Embeddings, check_embeddings, compute_dtype, 
 from llmkern.ops.vas_score.score import vas_score
 
 SCREENS = ("low_rank", "bf16")
-# Rows of an exact score at once: their copy is of this many numbers.
-RESCORED_AT_ONCE = 2**24
+# Rows that are scored exactly are copied, this many numbers at a time.
+COPIED_AT_ONCE = 2**24
 
 
 def vas_screen_reference(x: Tensor, basis: Tensor, weights: Tensor, middle: float, half: float, slack: float) -> Tensor:
@@ -90,6 +96,8 @@ def vas_top(x: Embeddings, sigma: Tensor, count: int, *, screen: str = "low_rank
     if rank < 1:
         raise bad_value(op, "rank of at least 1", rank)
     sigma = sigma.detach()
+    if not bool(sigma.isfinite().all()):
+        raise bad_value(op, "finite sigma", "NaN or infinity", "build it of finite rows")
     lower, upper = _low_rank_bounds(x, sigma, min(rank, d)) if screen == "low_rank" else _bf16_bounds(x, sigma)
     bad = ~(lower.isfinite() & upper.isfinite())
     if bool(bad.any()):
@@ -103,7 +111,7 @@ def vas_top(x: Embeddings, sigma: Tensor, count: int, *, screen: str = "low_rank
     sure = lower > ceiling
     # Equal bounds prove nothing of the order, so they stay open.
     opened = everyone[~sure & (upper >= floor)]
-    parts = [vas_score(x[part], sigma) for part in opened.split(max(1, RESCORED_AT_ONCE // d))]
+    parts = [vas_score(x.index_select(0, part), sigma) for part in opened.split(max(1, COPIED_AT_ONCE // d))]
     scores = torch.cat(parts) if len(opened) else lower[:0]
     wanted = count - int(sure.sum())
     best = scores.argsort(descending=True, stable=True)[:wanted]
@@ -125,18 +133,17 @@ def _low_rank_bounds(x: Tensor, sigma: Tensor, rank: int) -> tuple[Tensor, ...]:
     compute = compute_dtype(x.dtype)
     basis = vectors[:, kept].to(compute)
     weights = (values[kept] - middle).to(compute)
-    rounding = _rounding(x.shape[1] + rank, compute, sigma) + _rounding(
-        4 * (x.shape[1] + rank), compute, weights.double() * rank**0.5
-    )
-    slack = rounding + 4 * (x.shape[1] + rank) * float(half) * _unit(compute)
+    of_products, of_squares = _rounding(x.shape[1], compute), _rounding(rank, compute)
+    slack = 2 * of_products * (_norm(sigma) + _norm(weights)) + of_squares * float(weights.abs().max())
+    slack += of_products * abs(float(middle)) + float(half) * (of_products * (2 * rank**0.5 + 1) + of_squares)
     return torch.ops.llmkern.vas_screen(x, basis, weights, float(middle), float(half), slack).unbind()
 
 
 def _bf16_bounds(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     compute = compute_dtype(x.dtype)
     # Three factors rounded by 2^-9 each, compounded, and a quarter on top for sums of products already moved.
-    moved = 1.25 * ((1 + 2.0**-9) ** 3 - 1) * float(sigma.double().norm())
-    rounding = 2 * _rounding(x.shape[1], compute, sigma)
+    moved = 1.25 * ((1 + 2.0**-9) ** 3 - 1) * _norm(sigma)
+    rounding = 4 * _rounding(x.shape[1], compute) * _norm(sigma)
     lower, upper = [], []
     for block in row_blocks(*x.shape):
         size = torch.linalg.vector_norm(widen(x[block]), dim=1).double().square()
@@ -147,13 +154,14 @@ def _bf16_bounds(x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     return _joined(lower, x), _joined(upper, x)
 
 
-def _unit(dtype: torch.dtype) -> float:
-    return 0.5 * torch.finfo(dtype).eps
+def _rounding(terms: int, dtype: torch.dtype) -> float:
+    """g(terms), with some more for the rounding of factors and of second order."""
+    unit = (terms + 16) * 0.5 * torch.finfo(dtype).eps
+    return unit / (1 - unit)
 
 
-def _rounding(terms: int, dtype: torch.dtype, matrix: Tensor) -> float:
-    """What sums of so many products of a form with this matrix may be off by, for |x| = 1, twice over."""
-    return 4 * (terms + 8) * _unit(dtype) * float(matrix.double().norm())
+def _norm(matrix: Tensor) -> float:
+    return float(matrix.double().norm())
 
 
 def _joined(parts: list[Tensor], x: Tensor) -> Tensor:
