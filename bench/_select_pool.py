@@ -71,7 +71,7 @@ class Memory:
         ended = threading.Event()
 
         def sample() -> None:
-            while not ended.wait(0.5):
+            while not ended.wait(2):  # walking over a mapped pool takes a process tens of milliseconds
                 self.peak = max(self.peak, sum(_held(pid) for pid in _members(session)))
 
         thread = threading.Thread(target=sample)

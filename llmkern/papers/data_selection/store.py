@@ -122,9 +122,18 @@ class Rows:
         out = np.empty((len(numbers), like.shape[1]), like.dtype)
         for i, (start, stop) in enumerate(itertools.pairwise(ends)):
             if stop > start:
-                # Numbers are in range; to say so spares numpy a copy.
-                np.take(self.matrix(i, tower), numbers[start:stop] - self.offsets[i], 0, out[start:stop], "clip")
+                _copy_rows(self.matrix(i, tower), numbers[start:stop] - self.offsets[i], out[start:stop])
         return out
+
+
+def _copy_rows(matrix: np.ndarray, numbers: np.ndarray, out: np.ndarray) -> None:
+    if not matrix.flags.c_contiguous:
+        out[:] = matrix[numbers]
+        return
+    # Members of a zip lie at any address, and numpy copies the whole of what is not aligned; bytes always are.
+    row = np.dtype((np.void, matrix.shape[1] * matrix.itemsize))
+    # Numbers are in range; to say so spares numpy a copy of the result.
+    np.take(matrix.view(row)[:, 0], numbers, 0, out.view(row)[:, 0], "clip")
 
 
 @functools.lru_cache(maxsize=2)
