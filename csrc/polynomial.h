@@ -14,19 +14,21 @@ namespace llmkern {
 inline namespace CPU_CAPABILITY {
 
 struct Monomials {
+  // Rows of one degree: x_dim (dim -1: one) times ``count`` rows of the panel from ``start`` on. tail: see
+  // monomials.py.
   struct Block {
     int64_t dim, start, count, row;
+    int degree;
+    bool tail;
   };
 
   int64_t dim, degree, leading;
   std::vector<int32_t> parent, variable;
   std::vector<Block> blocks;
-  std::vector<int32_t> degrees;
   std::vector<double> multiplicity;
-  std::vector<bool> tail;
 
   int64_t panel() const { return parent.size(); }
-  int64_t count() const { return degrees.size(); }
+  int64_t count() const { return multiplicity.size(); }
 
   Monomials(int64_t dim, int64_t degree, int64_t leading_variables)
       : dim(dim), degree(degree), leading(degree <= 2 ? dim : std::min(leading_variables, dim)) {
@@ -50,49 +52,46 @@ struct Monomials {
       suffix = starts;
       if (level == 1) linear = starts;
     }
-    int64_t row = panel();
-    blocks.push_back({-1, 0, row, 0});
-    const auto add = [&](int64_t low, int64_t start, int64_t end) {
-      blocks.push_back({low, start, end - start, row});
+    int64_t row = 0;
+    const auto add = [&](int64_t low, int64_t start, int64_t end, int64_t degree, bool tail = false) {
+      if (start < end) blocks.push_back({low, start, end - start, row, static_cast<int>(degree), tail});
       row += end - start;
     };
+    for (int64_t level = 0; level < degree; ++level) add(-1, levels[level].first, levels[level].second, level);
     if (degree == 1) {
-      for (int64_t low = 0; low < dim; ++low) add(low, 0, 1);
+      for (int64_t low = 0; low < dim; ++low) add(low, 0, 1, 1);
     } else {
-      for (int64_t low = 0; degree > 2 && low < first; ++low) add(low, linear[low], levels[1].second);
-      for (int64_t low = first; low < dim; ++low) add(low, suffix[low], levels.back().second);
+      for (int64_t low = 0; degree > 2 && low < first; ++low) {
+        add(low, linear[low], linear[first], 2, true);
+        add(low, linear[first], levels[1].second, 2);
+      }
+      for (int64_t low = first; low < dim; ++low) add(low, suffix[low], levels.back().second, degree);
     }
-    count_exponents(first, row);
+    count_exponents(row);
   }
 
  private:
-  // Of one monomial: its degree, exponent of its lowest variable, how many of its factors lie in the tail,
-  // multiplicity.
+  // Of one monomial: its degree, exponent of its lowest variable, multiplicity.
   struct Exponents {
-    int32_t degree = 0, lowest = 0, tails = 0;
+    int32_t degree = 0, lowest = 0;
     double multiplicity = 1;
   };
 
-  void count_exponents(int64_t first, int64_t rows) {
+  void count_exponents(int64_t rows) {
     std::vector<Exponents> features(panel());
     // x_l beta, l its lowest variable: multiplicity is that of beta times the degree over the exponent of l.
     const auto times = [&](int64_t l, int64_t beta) {
       Exponents e = features[beta];
       ++e.degree;
       e.lowest = variable[beta] == l ? e.lowest + 1 : 1;
-      e.tails += l < first;
       e.multiplicity = e.multiplicity * e.degree / e.lowest;
       return e;
     };
     for (int64_t p = 1; p < panel(); ++p) features[p] = times(variable[p], parent[p]);
-    degrees.reserve(rows), multiplicity.reserve(rows), tail.reserve(rows);
+    multiplicity.reserve(rows);
     for (const Block& block : blocks) {
-      for (int64_t p = block.start; p < block.start + block.count; ++p) {
-        const Exponents e = block.dim < 0 ? features[p] : times(block.dim, p);
-        degrees.push_back(e.degree);
-        multiplicity.push_back(e.multiplicity);
-        tail.push_back(e.degree == 2 && e.tails == 2);
-      }
+      for (int64_t p = block.start; p < block.start + block.count; ++p)
+        multiplicity.push_back((block.dim < 0 ? features[p] : times(block.dim, p)).multiplicity);
     }
   }
 };
@@ -124,110 +123,78 @@ inline void build_panel(const Monomials& tables, const A* x, int64_t x_row, int6
 // Rows that a panel has at least: the variables are there, used or not.
 inline int64_t panel_rows(const Monomials& tables) { return std::max(tables.panel(), 1 + tables.dim); }
 
-// state[row][c] += sum over tokens of monomial row times columns[c], for rows [row_begin, row_end).
-// scratch: width rows of ``stride``.
+// state[row][c] += weights[row] times the sum over tokens of monomial row times columns[c], for rows
+// [row_begin, row_end). scratch: width rows of ``stride``.
 template <typename A>
 inline void add_moments(const Monomials& tables, const A* panel, const A* columns, int64_t width, int64_t tokens,
-                        int64_t stride, A* scratch, A* state, int64_t row_begin, int64_t row_end) {
+                        int64_t stride, const A* weights, A* scratch, A* state, int64_t row_begin, int64_t row_end) {
+  int64_t held = -1;
   for (const auto& block : tables.blocks) {
     const int64_t begin = std::max(row_begin, block.row), end = std::min(row_end, block.row + block.count);
     if (begin >= end) continue;
-    const A* right = columns;
-    if (block.dim >= 0) {
+    if (block.dim != held) {
       const A* by = variable_row(panel, block.dim, stride);
       for (int64_t c = 0; c < width; ++c) {
         for (int64_t t = 0; t < tokens; t += kLanes<A>)
           store(scratch + c * stride + t, load(columns + c * stride + t, All{}) * load(by + t, All{}), All{});
       }
-      right = scratch;
+      held = block.dim;
     }
-    dot(end - begin, width, tokens, panel + (block.start + begin - block.row) * stride, right, stride,
-        state + begin * width, width);
+    dot(end - begin, width, tokens, panel + (block.start + begin - block.row) * stride,
+        block.dim < 0 ? columns : scratch, stride, state + begin * width, width,
+        [&](int64_t row) { return weights[begin + row]; });
   }
 }
 
-// body(begin, end) for the rows of [row_begin, row_end) block by block: what is done to them in turn finds them cached.
-template <typename Body>
-inline void for_row_blocks(const Monomials& tables, int64_t row_begin, int64_t row_end, Body body) {
-  for (const auto& block : tables.blocks) {
-    const int64_t begin = std::max(row_begin, block.row), end = std::min(row_end, block.row + block.count);
-    if (begin < end) body(begin, end);
-  }
-}
-
-// Weights of the monomials times a state, in tiles of columns: [column tile][row][kTokenTileRows], for ``apply_state``.
-inline int64_t packed_size(int64_t rows, int64_t width) {
-  return (width + kTokenTileRows - 1) / kTokenTileRows * kTokenTileRows * rows;
-}
-
-// value(row, column) for rows [row_begin, row_end).
-template <typename A, typename Value>
-inline void pack_state(int64_t rows, int64_t width, int64_t row_begin, int64_t row_end, A* packed, Value value) {
-  for (int64_t c = 0; c < width; c += kTokenTileRows) {
-    A* tile = packed + c * rows;
-    for (int64_t row = row_begin; row < row_end; ++row) {
-      A* to = tile + row * kTokenTileRows;
-      if (c + kTokenTileRows <= width) {
-        for (int m = 0; m < kTokenTileRows; ++m) to[m] = value(row, c + m);
-      } else {
-        for (int m = 0; m < kTokenTileRows; ++m) to[m] = c + m < width ? value(row, c + m) : A(0);
-      }
-    }
-  }
-}
-
-// out[c][token] += sum over rows of packed[row][c] times monomial row.
-template <typename A>
-inline void apply_state(const Monomials& tables, const A* panel, int64_t tokens, int64_t stride, const A* packed,
-                        int64_t width, A* out) {
-  const int64_t rows = tables.count();
-  const auto columns = [&]<int M>(int64_t c, const A* weights) {
-    for_token_tiles<A>(tokens, [&]<int N>(int64_t t) {
+// out[c][token] += sum over rows of by_degree[degree of row] state[row][c] times monomial row.
+// last(block, token, x) takes for each register of tokens the sum over the block's rows of the last column, without
+// by_degree.
+template <typename A, typename Last>
+inline void apply_state(const Monomials& tables, const A* panel, int64_t tokens, int64_t stride, const A* state,
+                        int64_t width, const A* by_degree, A* out, Last last) {
+  for_token_tiles<A>(tokens, [&]<int N>(int64_t t) {
+    for_row_tiles<kTokenTileRows>(width, [&]<int M>(int64_t c) {
       for (const auto& block : tables.blocks) {
-        const auto tile = outer_tile<M, N, A>(block.count, weights + block.row * kTokenTileRows, 1, kTokenTileRows,
+        const auto tile = outer_tile<M, N, A>(block.count, state + block.row * width + c, 1, width,
                                               panel + block.start * stride + t, stride);
-        if (block.dim < 0) {
-          add_tile(out + c * stride + t, stride, tile);
-        } else {
-          const A* by = variable_row(panel, block.dim, stride) + t;
-          Lanes<A> x[N];
-          for (int n = 0; n < N; ++n) x[n] = load(by + n * kLanes<A>, All{});
-          update_tile(out + c * stride + t, stride, tile,
-                      [&](Lanes<A> old, Lanes<A> sums, int n) { return old + x[n] * sums; });
+        const A* by = block.dim < 0 ? panel : variable_row(panel, block.dim, stride);
+        Lanes<A> x[N];
+        for (int n = 0; n < N; ++n) x[n] = load(by + t + n * kLanes<A>, All{});
+        if (c + M == width) {
+          for (int n = 0; n < N; ++n) last(block, t + n * kLanes<A>, x[n] * tile.at[M - 1][n]);
         }
+        for (int n = 0; n < N; ++n) x[n] *= by_degree[block.degree];
+        update_tile(out + c * stride + t, stride, tile,
+                    [&](Lanes<A> old, Lanes<A> sums, int n) { return old + x[n] * sums; });
       }
     });
-  };
-  for (int64_t c = 0; c < width; c += kTokenTileRows) {
-    const A* weights = packed + c * rows;
-    if (width - c >= kTokenTileRows)
-      columns.template operator()<kTokenTileRows>(c, weights);
-    else
-      for_row_tiles<kTokenTileRows / 2>(width - c,
-                                        [&]<int M>(int64_t m) { columns.template operator()<M>(c + m, weights + m); });
-  }
+  });
 }
 
-// dx (dim rows of tokens) = derivative of sum over rows, columns of weights[row][c] monomial_row(x) columns[c].
-// slope: a panel's size, zeroed here.
+// dx (dim rows of tokens) = derivative of sum over rows, columns of by_degree[degree of row] state[row][c]
+// monomial_row(x) columns[c]. slope: a panel's size, zeroed here.
 template <typename A>
-inline void pull_back(const Monomials& tables, const A* panel, int64_t tokens, int64_t stride, const A* weights,
-                      const A* columns, int64_t width, A* slope, A* dx) {
+inline void pull_back(const Monomials& tables, const A* panel, int64_t tokens, int64_t stride, const A* state,
+                      const A* by_degree, const A* columns, int64_t width, A* slope, A* dx) {
   std::fill(slope, slope + panel_rows(tables) * stride, A(0));
   std::fill(dx, dx + tables.dim * stride, A(0));
   for (const auto& block : tables.blocks) {
     A* to = slope + block.start * stride;
     const A* features = panel + block.start * stride;
+    const A weight = by_degree[block.degree];
     if (block.dim < 0) {
-      outer(block.count, width, tokens, weights + block.row * width, width, 1, columns, stride,
-            [&](int64_t m, int64_t t, const auto& tile) { add_tile(to + m * stride + t, stride, tile); });
+      outer(block.count, width, tokens, state + block.row * width, width, 1, columns, stride,
+            [&](int64_t m, int64_t t, const auto& tile) {
+              update_tile(to + m * stride + t, stride, tile,
+                          [&](Lanes<A> old, Lanes<A> x, int) { return old + weight * x; });
+            });
       continue;
     }
     const A* x = variable_row(panel, block.dim, stride);
     A* dx_row = dx + block.dim * stride;
     const auto chain = [&]<int M, int N>(int64_t m, int64_t t, const Tile<M, N, A>& tile) {
       Lanes<A> sums[N] = {}, by[N];
-      for (int n = 0; n < N; ++n) by[n] = load(x + t + n * kLanes<A>, All{});
+      for (int n = 0; n < N; ++n) by[n] = weight * load(x + t + n * kLanes<A>, All{});
 #pragma GCC unroll 8
       for (int i = 0; i < M; ++i) {
 #pragma GCC unroll 8
@@ -239,10 +206,10 @@ inline void pull_back(const Monomials& tables, const A* panel, int64_t tokens, i
       }
       for (int n = 0; n < N; ++n) {
         A* p = dx_row + t + n * kLanes<A>;
-        store(p, load(p, All{}) + sums[n], All{});
+        store(p, load(p, All{}) + weight * sums[n], All{});
       }
     };
-    outer(block.count, width, tokens, weights + block.row * width, width, 1, columns, stride, chain);
+    outer(block.count, width, tokens, state + block.row * width, width, 1, columns, stride, chain);
   }
   for (int64_t p = tables.panel() - 1; p > tables.dim; --p) {
     const int64_t from = tables.parent[p] * stride, l = tables.variable[p];

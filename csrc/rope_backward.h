@@ -1,8 +1,9 @@
 // Backward pass of polynomial attention. Nothing but states is kept: features and shares are computed again.
 //
-// With g_i = do_i / Z_i and G = [g, -g.(o - mean)] of a row that is not exact, and S the state with its coefficients,
+// With g_i = do_i / Z_i and G = [g, -g.(o - mean)] of a row that is not exact, S the state, a the coefficients of p by
+// the degree of a row,
 //
-//   dq_i = derivative of sum_r S[r] phi_r(q_i) . G_i            dS = coefficients sum_i phi(q_i) G_i^T
+//   dq_i = derivative of sum_r a_r S[r] phi_r(q_i) . G_i        dS = a multiplicity sum_i phi(q_i) G_i^T
 //   dk_j = derivative of sum_r dS[r] phi_r(k_j) . w_j [v_j, 1]   dv_j = w_j phi(k_j)^T dS,  dbias_j = w_j phi^T dS
 //   [v_j, 1]
 //
@@ -21,19 +22,27 @@ class PolynomialGradients {
 
  public:
   PolynomialGradients(const KeySide<T>& side, const Backward<T>& io, const ExactGradients<T>& exact)
-      : side_(side), in_(side.in), io_(io), exact_(exact), rows_(in_.tables.count()), width_(in_.width()) {}
+      : side_(side),
+        in_(side.in),
+        io_(io),
+        exact_(exact),
+        rows_(in_.tables.count()),
+        width_(in_.width()),
+        ones_(in_.options.degree + 1, A(1)) {
+    for (int64_t g = 0; g < in_.group; ++g) {
+      values_.push_back(by_degree(in_, g));
+      moments_.push_back(row_weights(in_, values_[g]));
+    }
+  }
 
   void full() const {
     const Buffer<A> ds(state_size());
-    ds.zero();
     full_queries(ds.get());
-    const Buffer<A> packed(packed_size(rows_, width_));
-    pack_state(rows_, width_, 0, rows_, packed.get(), [&](int64_t r, int64_t c) { return ds.get()[r * width_ + c]; });
     at::parallel_for(0, (in_.keys + kPanelTokens - 1) / kPanelTokens, 1, [&](int64_t first, int64_t last) {
       const Rows rows(*this, kPanelTokens);
       for (int64_t task = first; task < last; ++task) {
         const int64_t begin = task * kPanelTokens;
-        key_rows(begin, std::min(kPanelTokens, in_.keys - begin), ds.get(), packed.get(), rows);
+        key_rows(begin, std::min(kPanelTokens, in_.keys - begin), ds.get(), rows);
       }
     });
   }
@@ -79,22 +88,6 @@ class PolynomialGradients {
   }
   int64_t chunk_end(int64_t chunk) const { return std::min(in_.queries, (chunk + 1) * in_.options.chunk); }
 
-  // to = coefficients of head g times rows [begin, end) of from, or is added to.
-  template <typename Change>
-  void scale(int64_t g, const A* from, A* to, int64_t begin, int64_t end, Change change) const {
-    const Coefficients<A> c = in_.coefficients(g);
-    for (int64_t row = begin; row < end; ++row) {
-      const A factor = row_coefficient(in_.tables, c, row);
-      for (int64_t i = row * width_; i < (row + 1) * width_; ++i) to[i] = change(to[i], factor * from[i]);
-    }
-  }
-  void set_scaled(int64_t g, const A* from, A* to, int64_t begin, int64_t end) const {
-    scale(g, from, to, begin, end, [](A, A x) { return x; });
-  }
-  void add_scaled(int64_t g, const A* from, A* to, int64_t begin, int64_t end) const {
-    scale(g, from, to, begin, end, [](A old, A x) { return old + x; });
-  }
-
   // Panel and G of rows [begin, begin + count).
   void build_queries(int64_t g, int64_t begin, int64_t count, const Rows& rows) const {
     build_panel(in_.tables, in_.query(g, begin), in_.dim, count, rows.stride, rows.panel.get(), rows.stride);
@@ -102,9 +95,9 @@ class PolynomialGradients {
   }
 
   // dq of the rows that were built.
-  void pull_queries(int64_t g, int64_t begin, int64_t count, const A* weights, const Rows& rows) const {
-    pull_back(in_.tables, rows.panel.get(), rows.stride, rows.stride, weights, rows.columns.get(), width_,
-              rows.slope.get(), rows.dx);
+  void pull_queries(int64_t g, int64_t begin, int64_t count, const A* state, const Rows& rows) const {
+    pull_back(in_.tables, rows.panel.get(), rows.stride, rows.stride, state, values_[g].data(), rows.columns.get(),
+              width_, rows.slope.get(), rows.dx);
     add_rows(rows.dx, count, rows.stride, in_.dim, io_.dq + io_.row_of(g, begin) * in_.dim);
   }
 
@@ -115,13 +108,14 @@ class PolynomialGradients {
     }
   }
 
-  // dk, dv, dbias of keys [begin, begin + count) from dS, row-major and packed.
-  void key_rows(int64_t begin, int64_t count, const A* ds, const A* packed, const Rows& rows) const {
+  // dk, dv, dbias of keys [begin, begin + count) from dS.
+  void key_rows(int64_t begin, int64_t count, const A* ds, const Rows& rows) const {
     const int64_t stride = rows.stride;
     A *plain = rows.columns.get(), *sums = plain + width_ * stride;
     build_key_panel(side_, begin, count, stride, rows.panel.get());
     std::fill(sums, sums + width_ * stride, A(0));
-    apply_state(in_.tables, rows.panel.get(), stride, stride, packed, width_, sums);
+    apply_state(in_.tables, rows.panel.get(), stride, stride, ds, width_, ones_.data(), sums,
+                [](const Monomials::Block&, int64_t, Lanes<A>) {});
     side_.columns(begin, count, stride, false, plain);
     for (int64_t t = 0; t < count; ++t) {
       const A w = side_.weight(begin + t);
@@ -138,42 +132,44 @@ class PolynomialGradients {
       }
       if (io_.dbias) io_.dbias[begin + t] += dw;
     }
-    pull_back(in_.tables, rows.panel.get(), stride, stride, ds, plain, width_, rows.slope.get(), rows.dx);
+    pull_back(in_.tables, rows.panel.get(), stride, stride, ds, ones_.data(), plain, width_, rows.slope.get(), rows.dx);
     add_rows(rows.dx, count, stride, in_.dim, io_.dk + begin * in_.dim);
   }
 
   // dq of all rows, and ds.
   void full_queries(A* ds) const {
-    const Buffer<A> parts(kSegments * state_size()), weights(state_size());
     const bool split = in_.queries >= kSegments * kSegmentTokens;
     const int64_t middle = split ? round_up(in_.queries / kSegments, kPanelTokens) : in_.queries;
-    for (int64_t g = 0; g < in_.group; ++g) {
-      set_scaled(g, io_.state, weights.get(), 0, rows_);
-      parts.zero();
-      for_tasks(split ? kSegments : 1, [&](int64_t s) {
-        const Rows rows(*this, kPanelTokens);
-        const int64_t end = s ? in_.queries : middle;
+    const Buffer<A> other(split ? state_size() : 0);
+    std::fill(ds, ds + state_size(), A(0));
+    other.zero();
+    for_tasks(split ? kSegments : 1, [&](int64_t s) {
+      const Rows rows(*this, kPanelTokens);
+      const int64_t end = s ? in_.queries : middle;
+      for (int64_t g = 0; g < in_.group; ++g) {
         for (int64_t i = s ? middle : 0; i < end; i += kPanelTokens) {
           const int64_t count = std::min(kPanelTokens, end - i);
           build_queries(g, i, count, rows);
-          pull_queries(g, i, count, weights.get(), rows);
-          add_moments(in_.tables, rows.panel.get(), rows.columns.get(), width_, rows.stride, rows.stride,
-                      rows.columns.get() + width_ * rows.stride, parts.get() + s * state_size(), 0, rows_);
+          pull_queries(g, i, count, io_.state, rows);
+          add_queries(g, rows, rows.columns.get() + width_ * rows.stride, s ? other.get() : ds, 0, rows_);
         }
-      });
-      for (int64_t s = 0; s < (split ? kSegments : 1); ++s) add_scaled(g, parts.get() + s * state_size(), ds, 0, rows_);
-    }
+      }
+    });
+    for (int64_t i = 0; split && i < state_size(); ++i) ds[i] += other.get()[i];
+  }
+
+  // Rows [low, high) of ds += what the rows that were built add.
+  void add_queries(int64_t g, const Rows& rows, A* scratch, A* ds, int64_t low, int64_t high) const {
+    add_moments(in_.tables, rows.panel.get(), rows.columns.get(), width_, rows.stride, rows.stride, moments_[g].data(),
+                scratch, ds, low, high);
   }
 
   // Forward over chunks: dq against the state of the chunks before.
   void scan_forward() const {
-    const int64_t size = state_size(), tokens = task_tokens();
-    const Buffer<A> state(size), weights(in_.group * size);
+    const int64_t tokens = task_tokens();
+    const Buffer<A> state(state_size());
     state.zero();
     const KeyPanel<T> panel(side_, in_.options.chunk);
-    const auto weigh = [&](int64_t low, int64_t high) {
-      for (int64_t g = 0; g < in_.group; ++g) set_scaled(g, state.get(), weights.get() + g * size, low, high);
-    };
     for (int64_t chunk = 0; chunk < chunks(); ++chunk) {
       const int64_t begin = chunk * in_.options.chunk, end = chunk_end(chunk);
       const int64_t tiles = (end - begin + tokens - 1) / tokens;
@@ -182,10 +178,10 @@ class PolynomialGradients {
         for (int64_t task = first; task < last; ++task) {
           const int64_t g = task / tiles, row = begin + task % tiles * tokens, count = std::min(tokens, end - row);
           build_queries(g, row, count, rows);
-          pull_queries(g, row, count, weights.get() + g * size, rows);
+          pull_queries(g, row, count, state.get(), rows);
         }
       });
-      add_keys(side_, panel, begin, std::min(end, in_.keys), state.get(), weigh);
+      add_keys(side_, panel, begin, std::min(end, in_.keys), state.get());
     }
   }
 
@@ -196,8 +192,6 @@ class PolynomialGradients {
         : parent_(parent),
           in_(parent.in_),
           ds_(parent.state_size()),
-          packed_(packed_size(parent.rows_, parent.width_)),
-          moments_(parent.state_size()),
           queries_(parent, std::min(kPanelTokens, parent.in_.options.chunk)) {
       ds_.zero();
     }
@@ -220,30 +214,21 @@ class PolynomialGradients {
         const Rows rows(parent_, tokens);
         for (int64_t task = first; task < last; ++task) {
           const int64_t key = begin + task * tokens;
-          parent_.key_rows(key, std::min(tokens, end - key), ds_.get(), packed_.get(), rows);
+          parent_.key_rows(key, std::min(tokens, end - key), ds_.get(), rows);
         }
       });
     }
 
     void add_queries(int64_t g, int64_t begin, int64_t count) const {
-      const int64_t rows = parent_.rows_, width = parent_.width_, stride = queries_.stride;
       parent_.build_queries(g, begin, count, queries_);
-      at::parallel_for(0, (rows + 31) / 32, 1, [&](int64_t first, int64_t last) {
-        const Buffer<A> scratch(width * stride);
-        for_row_blocks(in_.tables, first * 32, std::min(rows, last * 32), [&](int64_t low, int64_t high) {
-          std::fill(moments_.get() + low * width, moments_.get() + high * width, A(0));
-          add_moments(in_.tables, queries_.panel.get(), queries_.columns.get(), width, stride, stride, scratch.get(),
-                      moments_.get(), low, high);
-          parent_.add_scaled(g, moments_.get(), ds_.get(), low, high);
-          const A* from = ds_.get();
-          pack_state(rows, width, low, high, packed_.get(), [&](int64_t r, int64_t c) { return from[r * width + c]; });
-        });
+      for_state_rows<A>(parent_.rows_, parent_.width_ * queries_.stride, [&](int64_t low, int64_t high, A* scratch) {
+        parent_.add_queries(g, queries_, scratch, ds_.get(), low, high);
       });
     }
 
     const PolynomialGradients& parent_;
     const Problem<T>& in_;
-    Buffer<A> ds_, packed_, moments_;
+    Buffer<A> ds_;
     Rows queries_;
   };
 
@@ -252,6 +237,9 @@ class PolynomialGradients {
   const Backward<T>& io_;
   const ExactGradients<T>& exact_;
   int64_t rows_, width_;
+  // Of each head, by degree and by row; and ones by degree.
+  std::vector<std::vector<A>> values_, moments_;
+  std::vector<A> ones_;
 };
 
 template <typename T>

@@ -28,8 +28,8 @@ class CausalScan {
       std::fill(to_.state, to_.state + size, A(0));
       scan(0, in_.queries, to_.state, 0.0);
     } else {
+      const double weight = sum_keys(side_, middle, to_.state);
       const Buffer<A> first(size);
-      const double weight = sum_keys(side_, middle, to_.state, first.get());
       first.zero();
       for_segments(
           [&](int64_t s) { s ? scan(middle, in_.queries, to_.state, weight) : scan(0, middle, first.get(), 0.0); });
@@ -41,13 +41,8 @@ class CausalScan {
  private:
   // Rows [begin, end), state and weight those of the keys before them.
   void scan(int64_t begin, int64_t end, A* state, double weight) const {
-    const int64_t chunk = in_.options.chunk, tokens = kTileTokens<A>, pack_size = heads_[0].packed_size();
-    const Buffer<A> packed(in_.group * pack_size);
+    const int64_t chunk = in_.options.chunk, tokens = kTileTokens<A>;
     const KeyPanel<T> panel(side_, chunk);
-    const auto pack = [&](int64_t low, int64_t high) {
-      for (int64_t g = 0; g < in_.group; ++g) heads_[g].pack(state, low, high, packed.get() + g * pack_size);
-    };
-    pack(0, begin ? in_.tables.count() : 0);
     for (int64_t at = begin; at < end; at += chunk) {
       const int64_t row_end = std::min(end, at + chunk), key_end = std::min(row_end, in_.keys);
       const GatheredKeys<T> recent(side_, std::max<int64_t>(0, key_end - at), [&](int64_t i) { return at + i; });
@@ -56,11 +51,11 @@ class CausalScan {
         RowTile<T> tile(side_, tokens, rtol_);
         for (int64_t task = first; task < last; ++task) {
           const int64_t g = task / tiles, row = at + task % tiles * tokens;
-          tile.run(g, row, std::min(tokens, row_end - row), at && in_.keys ? packed.get() + g * pack_size : nullptr,
-                   weight, heavy_.block(), at, recent.block(), to_);
+          tile.run(g, row, std::min(tokens, row_end - row), heads_[g], at && in_.keys ? state : nullptr, weight,
+                   heavy_.block(), at, recent.block(), to_);
         }
       });
-      weight += add_keys(side_, panel, at, key_end, state, pack);
+      weight += add_keys(side_, panel, at, key_end, state);
     }
   }
 

@@ -10,18 +10,17 @@ inline namespace CPU_CAPABILITY {
 template <typename T, typename A = Acc<T>>
 inline void forward_full(const KeySide<T>& side, double rtol, const ForwardOutput<T>& to) {
   const Problem<T>& in = side.in;
-  const int64_t rows = in.tables.count(), tokens = kTileTokens<A>;
-  // Room for the second segment's state, then for the weighted one.
-  const Buffer<A> packed(packed_size(rows, in.width() + 2));
-  const double weight = sum_keys(side, in.keys, to.state, packed.get());
+  const int64_t tokens = kTileTokens<A>;
+  const double weight = sum_keys(side, in.keys, to.state);
   const GatheredKeys<T> heavy(side, side.heavy_keys.size(), [&](int64_t i) { return side.heavy_keys[i]; });
   for (int64_t g = 0; g < in.group; ++g) {
-    HeadWeights<T>(in, g).pack(to.state, 0, rows, packed.get());
+    const HeadWeights<T> head(in, g);
     at::parallel_for(0, (in.queries + tokens - 1) / tokens, 1, [&](int64_t first, int64_t last) {
       RowTile<T> tile(side, tokens, rtol);
       for (int64_t task = first; task < last; ++task) {
         const int64_t begin = task * tokens;
-        tile.run(g, begin, std::min(tokens, in.queries - begin), packed.get(), weight, heavy.block(), in.keys, {}, to);
+        tile.run(g, begin, std::min(tokens, in.queries - begin), head, to.state, weight, heavy.block(), in.keys, {},
+                 to);
       }
     });
   }

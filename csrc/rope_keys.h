@@ -26,7 +26,8 @@ class KeyPanel {
       : side_(side),
         stride_(token_stride<A>(std::min(kPanelTokens, tokens))),
         panel_(panel_rows(side.in.tables) * stride_),
-        columns_(side.in.width() * stride_) {}
+        columns_(side.in.width() * stride_),
+        multiplicity_(side.in.tables.multiplicity.begin(), side.in.tables.multiplicity.end()) {}
 
   // Of keys [begin, begin + count); returns the sum of their weights.
   double build(int64_t begin, int64_t count) const {
@@ -36,41 +37,44 @@ class KeyPanel {
 
   int64_t scratch_size() const { return side_.in.width() * stride_; }
 
-  // Rows [begin, end) of state (count, width) += moments.
+  // Rows [begin, end) of state (count, width) += moments times multiplicities.
   void add_to(A* state, int64_t begin, int64_t end, A* scratch) const {
-    add_moments(side_.in.tables, panel_.get(), columns_.get(), side_.in.width(), stride_, stride_, scratch, state,
-                begin, end);
+    add_moments(side_.in.tables, panel_.get(), columns_.get(), side_.in.width(), stride_, stride_, multiplicity_.data(),
+                scratch, state, begin, end);
   }
 
  private:
   const KeySide<T>& side_;
   int64_t stride_;
   Buffer<A> panel_, columns_;
+  std::vector<A> multiplicity_;
 };
 
+// Runs body(begin, end, scratch) over rows of a state in parallel.
+template <typename A, typename Body>
+inline void for_state_rows(int64_t rows, int64_t scratch_size, Body body) {
+  constexpr int64_t kRows = 32;
+  at::parallel_for(0, (rows + kRows - 1) / kRows, 1, [&](int64_t first, int64_t last) {
+    const Buffer<A> scratch(scratch_size);
+    body(first * kRows, std::min(rows, last * kRows), scratch.get());
+  });
+}
+
 // state (count, width) += moments of keys [begin, end), rows of the state in parallel; returns the sum of the weights.
-// done(row, row_end) follows the last keys.
-template <typename T, typename Done, typename A = Acc<T>>
-inline double add_keys(const KeySide<T>& side, const KeyPanel<T>& panel, int64_t begin, int64_t end, A* state,
-                       Done done) {
-  const int64_t rows = side.in.tables.count();
+template <typename T, typename A = Acc<T>>
+inline double add_keys(const KeySide<T>& side, const KeyPanel<T>& panel, int64_t begin, int64_t end, A* state) {
   double total = 0;
   for (int64_t j = begin; j < end; j += kPanelTokens) {
     total += panel.build(j, std::min(kPanelTokens, end - j));
-    at::parallel_for(0, (rows + 31) / 32, 1, [&](int64_t first, int64_t last) {
-      const Buffer<A> scratch(panel.scratch_size());
-      for_row_blocks(side.in.tables, first * 32, std::min(rows, last * 32), [&](int64_t low, int64_t high) {
-        panel.add_to(state, low, high, scratch.get());
-        if (j + kPanelTokens >= end) done(low, high);
-      });
-    });
+    for_state_rows<A>(side.in.tables.count(), panel.scratch_size(),
+                      [&](int64_t low, int64_t high, A* scratch) { panel.add_to(state, low, high, scratch); });
   }
   return total;
 }
 
 template <typename T, typename A = Acc<T>>
 inline double add_keys(const KeySide<T>& side, int64_t begin, int64_t end, A* state) {
-  return add_keys(side, KeyPanel<T>(side, end - begin), begin, end, state, [](int64_t, int64_t) {});
+  return add_keys(side, KeyPanel<T>(side, end - begin), begin, end, state);
 }
 
 // Segments do not depend on the number of threads, only who computes them: a thread each, or, where there are more, all
@@ -81,18 +85,19 @@ inline void for_segments(Body body) {
   for (int64_t s = 0; s < kSegments; ++s) body(s);
 }
 
-// state = moments of keys [0, end); returns the sum of their weights. other: another state's room, where end is at
-// least kSegments kSegmentTokens.
+// state = moments of keys [0, end); returns the sum of their weights.
 template <typename T, typename A = Acc<T>>
-inline double sum_keys(const KeySide<T>& side, int64_t end, A* state, A* other) {
+inline double sum_keys(const KeySide<T>& side, int64_t end, A* state) {
   const int64_t size = side.in.tables.count() * side.in.width();
   std::fill(state, state + size, A(0));
   if (end < kSegments * kSegmentTokens) return end ? add_keys(side, 0, end, state) : 0.0;
-  std::fill(other, other + size, A(0));
+  const Buffer<A> other(size);
+  other.zero();
   const int64_t middle = round_up(end / kSegments, kPanelTokens);
   double totals[kSegments];
-  for_segments([&](int64_t s) { totals[s] = add_keys(side, s ? middle : 0, s ? end : middle, s ? other : state); });
-  for (int64_t i = 0; i < size; ++i) state[i] += other[i];
+  for_segments(
+      [&](int64_t s) { totals[s] = add_keys(side, s ? middle : 0, s ? end : middle, s ? other.get() : state); });
+  for (int64_t i = 0; i < size; ++i) state[i] += other.get()[i];
   return totals[0] + totals[1];
 }
 

@@ -215,10 +215,21 @@ class GatheredKeys {
   Buffer<A> numbers_;
 };
 
-// Coefficient of state row ``row`` in p(q.k).
-template <typename A>
-inline A row_coefficient(const Monomials& tables, const Coefficients<A>& c, int64_t row) {
-  return static_cast<A>(c.polynomial[tables.degrees[row]] * tables.multiplicity[row]);
+// Coefficients of p(q.k) by degree: of one head.
+template <typename T, typename A = Acc<T>>
+inline std::vector<A> by_degree(const Problem<T>& in, int64_t g) {
+  const double* a = in.coefficients(g).polynomial;
+  return {a, a + in.options.degree + 1};
+}
+
+// Multiplicities of the monomials, times what their degree counts.
+template <typename T, typename A = Acc<T>>
+inline std::vector<A> row_weights(const Problem<T>& in, const std::vector<A>& by_degree) {
+  std::vector<A> weights(in.tables.multiplicity.begin(), in.tables.multiplicity.end());
+  for (const auto& block : in.tables.blocks) {
+    for (int64_t row = block.row; row < block.row + block.count; ++row) weights[row] *= by_degree[block.degree];
+  }
+  return weights;
 }
 
 }  // namespace CPU_CAPABILITY

@@ -7,60 +7,21 @@
 namespace llmkern {
 inline namespace CPU_CAPABILITY {
 
-// Columns of a row's sums beside values and normaliser: the certificate, and the tail's moment.
+// What a head multiplies sums over a state's rows with, by their degree: its coefficients in p and in the certificate.
 template <typename T>
-inline int64_t certificate_columns(const Problem<T>& in) {
-  return in.tables.leading < in.dim ? 2 : 1;
-}
-
-// What a head multiplies the state with, by state row: its coefficients in p, in the certificate and in the tail.
-template <typename T>
-class HeadWeights {
+struct HeadWeights {
   using A = Acc<T>;
 
- public:
-  HeadWeights(const Problem<T>& in, int64_t g)
-      : width_(in.width()), columns_(width_ + certificate_columns(in)), rows_(in.tables.count()) {
-    const Coefficients<A> c = in.coefficients(g);
-    for (auto* weights : {&value_, &error_, &tail_}) weights->resize(rows_);
-    for (int64_t row = 0; row < rows_; ++row) {
-      const int degree = in.tables.degrees[row];
-      const double many = in.tables.multiplicity[row];
-      value_[row] = row_coefficient(in.tables, c, row);
-      error_[row] = static_cast<A>(c.error * many *
-                                   (in.options.contact == 0 ? c.polynomial[degree] : degree == in.options.contact));
-      tail_[row] = in.tables.tail[row] ? static_cast<A>(many) : A(0);
+  HeadWeights(const Problem<T>& in, int64_t g) : value(by_degree(in, g)), error(value.size(), A(0)) {
+    const A most = static_cast<A>(in.coefficients(g).error);
+    if (in.options.contact != 0) {
+      error[in.options.contact] = most;
+      return;
     }
+    for (size_t degree = 0; degree < error.size(); ++degree) error[degree] = most * value[degree];
   }
 
-  int64_t packed_size() const { return llmkern::packed_size(rows_, columns_); }
-
-  // State rows [begin, end) with their weights, for apply_state.
-  void pack(const A* state, int64_t begin, int64_t end, A* packed) const {
-    for (int64_t c = 0; c < columns_; c += kTokenTileRows) {
-      A* tile = packed + c * rows_;
-      for (int64_t row = begin; row < end; ++row) {
-        const A *from = state + row * width_, weight = value_[row];
-        A* to = tile + row * kTokenTileRows;
-        if (c + kTokenTileRows <= width_) {
-          for (int m = 0; m < kTokenTileRows; ++m) to[m] = weight * from[c + m];
-        } else {
-          for (int m = 0; m < kTokenTileRows; ++m)
-            to[m] = c + m < width_ ? weight * from[c + m] : other(c + m, row, from);
-        }
-      }
-    }
-  }
-
- private:
-  // A row without part in a column may be infinite there.
-  A other(int64_t column, int64_t row, const A* from) const {
-    const A weight = column >= columns_ ? A(0) : (column == width_ ? error_[row] : tail_[row]);
-    return weight == 0 ? A(0) : weight * from[width_ - 1];
-  }
-
-  int64_t width_, columns_, rows_;
-  std::vector<A> value_, error_, tail_;
+  std::vector<A> value, error;
 };
 
 // Tokens of queries under way: panel, sums, limits. One per task.
@@ -78,17 +39,24 @@ class RowTile {
         sums_((in_.width() + 2) * stride_),
         scratch_((kKeyBlock + 2) * stride_) {}
 
-  // Rows [begin, begin + count) of head g. ``packed``: the state of keys that come before, or null; ``weight``: the sum
-  // of its weights; ``heavy``: keys beyond the limit, of which those before ``heavy_end`` count; ``recent``: the keys
-  // of this chunk, or empty.
-  void run(int64_t g, int64_t begin, int64_t count, const A* packed, double weight, const KeyBlock<A>& heavy,
-           int64_t heavy_end, const KeyBlock<A>& recent, const ForwardOutput<T>& to) {
+  // Rows [begin, begin + count) of head g. ``state``: of the keys that come before, or null; ``weight``: the sum of its
+  // weights; ``heavy``: keys beyond the limit, of which those before ``heavy_end`` count; ``recent``: the keys of this
+  // chunk, or empty.
+  void run(int64_t g, int64_t begin, int64_t count, const HeadWeights<T>& head, const A* state, double weight,
+           const KeyBlock<A>& heavy, int64_t heavy_end, const KeyBlock<A>& recent, const ForwardOutput<T>& to) {
     const int64_t width = in_.width();
     const A* q = in_.query(g, begin);
     build_panel(in_.tables, q, in_.dim, count, stride_, panel_.get(), stride_);
     sums_.zero();
-    if (packed)
-      apply_state(in_.tables, panel_.get(), stride_, stride_, packed, width + certificate_columns(in_), sums_.get());
+    if (state) {
+      // Two more rows of sums: the certificate, and the tail's moment.
+      A *errors = sums_.get() + width * stride_, *tails = errors + stride_;
+      const auto certify = [&](const Monomials::Block& block, int64_t t, Lanes<A> x) {
+        if (const A error = head.error[block.degree]) store(errors + t, load(errors + t, All{}) + error * x, All{});
+        if (block.tail) store(tails + t, load(tails + t, All{}) + x, All{});
+      };
+      apply_state(in_.tables, panel_.get(), stride_, stride_, state, width, head.value.data(), sums_.get(), certify);
+    }
     A *p = scratch_.get(), *offset = p + kKeyBlock * stride_, *limit = offset + stride_;
     std::fill(offset, offset + stride_, side_.top);
     const QueryTile<A> tile{panel_.get() + stride_, in_.dim, stride_, stride_, offset, limit};
@@ -100,7 +68,7 @@ class RowTile {
       for (int64_t t = 0; t < stride_; ++t) limit[t] = static_cast<A>(t < count ? begin + t + 1 : 0);
       add_pairs(recent, tile, width, p, sums_.get());
     }
-    finish(g, begin, count, packed != nullptr, weight, to);
+    finish(g, begin, count, state != nullptr, weight, to);
   }
 
  private:

@@ -105,9 +105,9 @@ inline void store_tile(A* to, int64_t stride, const Tile<M, N, A>& tile) {
   update_tile(to, stride, tile, [](Lanes<A>, Lanes<A> x, int) { return x; });
 }
 
-// F rows of a times C rows of b over tokens, added to out[f * out_row + c].
-template <int F, int C, typename A>
-inline void dot_tile(int64_t tokens, const A* a, const A* b, int64_t stride, A* out, int64_t out_row) {
+// F rows of a times C rows of b over tokens, times weight(f), added to out[f * out_row + c].
+template <int F, int C, typename A, typename Weight>
+inline void dot_tile(int64_t tokens, const A* a, const A* b, int64_t stride, A* out, int64_t out_row, Weight weight) {
   Lanes<A> acc[(F * C + 3) / 4 * 4] = {};
   for (int64_t t = 0; t < tokens; t += kLanes<A>) {
     Lanes<A> right[C];
@@ -125,24 +125,34 @@ inline void dot_tile(int64_t tokens, const A* a, const A* b, int64_t stride, A* 
   for (int i = 0; i < F * C; i += 4) sum_four<A>(acc + i, sums + i);
 #pragma GCC unroll 8
   for (int f = 0; f < F; ++f) {
+    const A by = weight(f);
 #pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) out[f * out_row + c] += sums[f * C + c];
+    for (int c = 0; c < C; ++c) out[f * out_row + c] += by * sums[f * C + c];
   }
 }
 
-// dot over all rows: out (f_rows, c_rows) += a b^T; rows of tokens lie ``stride`` apart.
+// dot over all rows: out (f_rows, c_rows) += weight(f) a b^T; rows of tokens lie ``stride`` apart.
+template <typename A, typename Weight>
+inline void dot(int64_t f_rows, int64_t c_rows, int64_t tokens, const A* a, const A* b, int64_t stride, A* out,
+                int64_t out_row, Weight weight) {
+  for_row_tiles<kTokenTileRows>(f_rows, [&]<int F>(int64_t f) {
+    const auto columns = [&]<int C>(int64_t c) {
+      dot_tile<F, C, A>(tokens, a + f * stride, b + c * stride, stride, out + f * out_row + c, out_row,
+                        [&](int64_t m) { return weight(f + m); });
+    };
+    int64_t c = 0;
+    for (; c + 3 <= c_rows; c += 3) columns.template operator()<3>(c);
+    if (c + 2 == c_rows)
+      columns.template operator()<2>(c);
+    else if (c < c_rows)
+      columns.template operator()<1>(c);
+  });
+}
+
 template <typename A>
 inline void dot(int64_t f_rows, int64_t c_rows, int64_t tokens, const A* a, const A* b, int64_t stride, A* out,
                 int64_t out_row) {
-  for_row_tiles<kTokenTileRows>(f_rows, [&]<int F>(int64_t f) {
-    int64_t c = 0;
-    for (; c + 3 <= c_rows; c += 3)
-      dot_tile<F, 3, A>(tokens, a + f * stride, b + c * stride, stride, out + f * out_row + c, out_row);
-    if (c + 2 == c_rows)
-      dot_tile<F, 2, A>(tokens, a + f * stride, b + c * stride, stride, out + f * out_row + c, out_row);
-    else if (c < c_rows)
-      dot_tile<F, 1, A>(tokens, a + f * stride, b + c * stride, stride, out + f * out_row + c, out_row);
-  });
+  dot(f_rows, c_rows, tokens, a, b, stride, out, out_row, [](int64_t) { return A(1); });
 }
 
 }  // namespace CPU_CAPABILITY

@@ -135,7 +135,7 @@ class Problem:
         )
         device = q.device
         degrees = torch.from_numpy(tables.degrees).to(device)
-        many = torch.from_numpy(tables.multiplicity).to(self.q)
+        self.multiplicity = many = torch.from_numpy(tables.multiplicity).to(self.q)
         self.weights = polynomial[:, degrees] * many
         d = error[:, None] * self.weights if contact == 0 else error[:, None] * (many * (degrees == contact))
         tails = many * torch.from_numpy(tables.tail).to(self.q), many * (degrees == 2)
@@ -254,7 +254,7 @@ def rope_attention_fwd(
             out[head, rows] = (share @ at.v[head // at.pairs.group]).to(v.dtype)
             normalizer[head, rows] = lse
         last = torch.cat([at.mean, at.top.unsqueeze(1)], 1)[:, None]
-        state = torch.cat([state.sum(1), last], 1)
+        state = torch.cat([state.sum(1) * at.multiplicity.unsqueeze(-1), last], 1)
     kept = state.unflatten(0, k.shape[:2])
     return out.unflatten(0, heads), normalizer.unflatten(0, heads), exact.unflatten(0, heads), kept
 

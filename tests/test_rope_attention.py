@@ -6,7 +6,7 @@ import functools
 import os
 import re
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
@@ -374,6 +374,40 @@ def test_a_mask_of_keys_under_a_causal_one_takes_no_matrix() -> None:
     assert 0 < largest < n * n / 2
 
 
+def allocations(call: Callable[[], object]) -> list[int]:
+    """Bytes that torch's allocator gave, and took back (negative), in order."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        kept = call()
+    del kept
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+def peak(sizes: list[int]) -> int:
+    return max(accumulate(sizes), default=0)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_scratch_is_two_states_and_the_buffers_of_a_chunk(is_causal: bool) -> None:
+    """Forward and backward, beside what they return: 2 R (Dv + 1) numbers of a head, and for each thread panels and
+    columns of 240 tokens, however many tokens there are."""
+    n, dim, width, chunk = 9000, 48, 97, 240
+    plan = frozen_plan(1, 1, dim, bound=2.0, degree=2, is_causal=is_causal, chunk=chunk)
+    q, k, v = (normal(1, 1, n, w, seed=w, scale=0.1) for w in (dim, dim, width - 1))
+    inputs, options = polynomial_inputs(Arguments(q, k, v, 1.0, None, None, None), plan, is_causal)
+    out, *rest = torch.ops.llmkern.rope_attention_fwd(*inputs, *options, plan.rtol)
+    state = rest[2].nbytes
+    forward = allocations(lambda: torch.ops.llmkern.rope_attention_fwd(*inputs, *options, plan.rtol))
+    backward = allocations(lambda: torch.ops.llmkern.rope_attention_bwd(out, *inputs, out, *rest, *options))
+    # Of each thread: a panel and its slope, columns, the pairs of a chunk.
+    numbers = 256 * (2 * (1 + dim) + 4 * width + 3 * dim + 2 * 48)
+    for sizes, returned in ((forward, [out, *rest[:2]]), (backward, [q, k, v])):
+        others = [x for x in sizes if abs(x) not in {t.nbytes for t in returned}]
+        assert 0 < peak([x for x in others if abs(x) > 0.9 * state]) <= 2 * state
+        assert peak([x for x in others if abs(x) <= 0.9 * state]) <= max(2, torch.get_num_threads()) * 4 * numbers
+
+
 # The plan -------------------------------------------------------------------------------------------------------------
 
 
@@ -590,6 +624,7 @@ def test_the_op_returns_the_state_that_features_give() -> None:
     state = torch.ops.llmkern.rope_attention_fwd(*inputs, *options, plan.rtol)[3]
     mean = v.mean(2, keepdim=True)
     columns = torch.cat([v - mean, torch.ones_like(v[..., :1])], -1)
-    expected = llmkern.polynomial.monomials(3, 3).features(k).mT @ columns
+    tables = llmkern.polynomial.monomials(3, 3)
+    expected = torch.from_numpy(tables.multiplicity).unsqueeze(-1) * (tables.features(k).mT @ columns)
     assert (state[..., :-1, :] - expected).abs().max() <= 1e-11
     assert (state[..., -1, :-1] - mean[..., 0, :]).abs().max() <= 1e-14

@@ -174,7 +174,8 @@ def rope_attention_reference(
     """Output (B, Hq, N, Dv); normaliser (B, Hq, N): Z_i, or of exact rows the log-sum-exp of s + bias; which rows are
     exact, bool (B, Hq, N); state (B, Hkv, R + 1, Dv + 1).
 
-    The state holds sum_j w_j k_j^alpha [v_j - mean, 1], and in its last row the mean and the maximum of the bias.
+    The state holds m!/alpha! sum_j w_j k_j^alpha [v_j - mean, 1], m the degree of alpha, and in its last row the mean
+    and the maximum of the bias.
     """
     dtype, heads = compute_dtype(q.dtype), q.shape[1]
     group = heads // k.shape[1]
@@ -221,6 +222,7 @@ def _state(k: Tensor, v: Tensor, w: Tensor, top: Tensor, tables: Monomials) -> T
     moments = k.new_zeros(tables.count, columns.shape[1])
     for begin in range(0, len(k), ROWS):
         moments += tables.features(k[begin : begin + ROWS]).t() @ columns[begin : begin + ROWS]
+    moments *= torch.from_numpy(tables.multiplicity).to(moments).unsqueeze(-1)
     return torch.cat([moments, torch.cat([mean, top.reshape(1)]).unsqueeze(0)])
 
 
