@@ -44,7 +44,6 @@ class Transform {
       stages_.push_back(std::move(stage));
       rest /= radix, block = step;
     }
-    has_top_ = !stages_.empty() && elements_ / stages_[0].radix % kWidth == 0;
     for (int64_t q = 0; q < kHalf; ++q) add_turn(half_turns_, q, kWidth);
     for (int64_t r = 0; r < elements_; r += kWidth) {
       for (int lane = 0; lane < kWidth; ++lane) add_turn(run_turns_, frequency(lane) * r, length);
@@ -90,8 +89,7 @@ class Transform {
         2 * there[b] <= length_ ? enter<true>(buffers[b], of_buffer) : enter<false>(buffers[b], of_buffer);
       }
     }
-    const int64_t step = elements_ / top_radix();
-    for (int64_t at = 0; at < elements_; at += step) descend<kThere, kBack>(has_top_ ? 1 : 0, buffers, at, product);
+    descend<kThere, kBack>(0, buffers, 0, product);
     for (int b = 0; b < kBack; ++b) {
       const auto of_buffer = [&](int64_t i, int64_t n, const Complex<A>& x) { write(b, i, n, x); };
       2 * back[b] <= length_ ? leave<true>(buffers[b], of_buffer) : leave<false>(buffers[b], of_buffer);
@@ -132,72 +130,55 @@ class Transform {
     return lane_turns_[lane].times(fill(turns[0]), fill(turns[1]));
   }
 
-  // The first stage of all: it hands a part of the frequencies to each lane, and the first stage of lanes follows while
-  // its blocks are in the cache. With kOneHalf the second half of the numbers is zero.
+  // The first stage, between registers of consecutive numbers: it hands a part of the frequencies to each lane. With
+  // kOneHalf the second half of the numbers is zero.
   template <bool kOneHalf, typename Read>
   void enter(A* buffer, Read read) const {
-    const int64_t step = elements_ / top_radix();
-    for (int64_t j = 0; j < step; j += kWidth) {
-      for (int64_t r = j; r < elements_; r += step) enter_run<kOneHalf>(buffer, r, read);
-      if (has_top_) with_radix(stages_[0].radix, [&]<int R>() { there_columns<R>(stages_[0], buffer, j, j + kWidth); });
+    for (int64_t r = 0; r < elements_; r += kWidth) {
+      const int64_t n = std::min<int64_t>(kWidth, elements_ - r);
+      alignas(64) Complex<A> even[kHalf], odd[kHalf];
+      for (int q = 0; q < kHalf; ++q) {
+        const Complex<A> x = read(q * elements_ + r, n);
+        const Complex<A> y = kOneHalf ? Complex<A>{} : read((q + kHalf) * elements_ + r, n);
+        even[q] = kOneHalf ? x : x + y;
+        odd[q] = (kOneHalf ? x : x - y).times(fill(half_turns_[2 * q]), fill(half_turns_[2 * q + 1]));
+      }
+      small_transform<kHalf, -1>(even);
+      small_transform<kHalf, -1>(odd);
+      Lanes<A> re[kWidth], im[kWidth];
+      unrolled<kWidth>([&](auto lane) LLMKERN_INLINE {
+        const Complex<A> x = (lane < kHalf ? even : odd)[lane % kHalf].times(lane_turn(r, lane));
+        re[lane] = x.re, im[lane] = x.im;
+      });
+      transpose<A>(re);
+      transpose<A>(im);
+      for (int64_t t = 0; t < n; ++t) store_complex<A>(buffer + (r + t) * kElement, {re[t], im[t]});
     }
   }
 
   // Its inverse; with kOneHalf of the first half only.
   template <bool kOneHalf, typename Write>
-  void leave(A* buffer, Write write) const {
-    const int64_t step = elements_ / top_radix();
-    for (int64_t j = 0; j < step; j += kWidth) {
-      if (has_top_) with_radix(stages_[0].radix, [&]<int R>() { back_columns<R>(stages_[0], buffer, j, j + kWidth); });
-      for (int64_t r = j; r < elements_; r += step) leave_run<kOneHalf>(buffer, r, write);
-    }
-  }
-
-  int64_t top_radix() const { return has_top_ ? stages_[0].radix : 1; }
-
-  // Elements from number r on, as many as there are lanes.
-  template <bool kOneHalf, typename Read>
-  void enter_run(A* buffer, int64_t r, Read& read) const {
-    const int64_t n = std::min<int64_t>(kWidth, elements_ - r);
-    alignas(64) Complex<A> even[kHalf], odd[kHalf];
-    for (int q = 0; q < kHalf; ++q) {
-      const Complex<A> x = read(q * elements_ + r, n);
-      const Complex<A> y = kOneHalf ? Complex<A>{} : read((q + kHalf) * elements_ + r, n);
-      even[q] = kOneHalf ? x : x + y;
-      odd[q] = (kOneHalf ? x : x - y).times(fill(half_turns_[2 * q]), fill(half_turns_[2 * q + 1]));
-    }
-    small_transform<kHalf, -1>(even);
-    small_transform<kHalf, -1>(odd);
-    Lanes<A> re[kWidth], im[kWidth];
-    unrolled<kWidth>([&](auto lane) LLMKERN_INLINE {
-      const Complex<A> x = (lane < kHalf ? even : odd)[lane % kHalf].times(lane_turn(r, lane));
-      re[lane] = x.re, im[lane] = x.im;
-    });
-    transpose<A>(re);
-    transpose<A>(im);
-    for (int64_t t = 0; t < n; ++t) store_complex<A>(buffer + (r + t) * kElement, {re[t], im[t]});
-  }
-
-  template <bool kOneHalf, typename Write>
-  void leave_run(const A* buffer, int64_t r, Write& write) const {
-    const int64_t n = std::min<int64_t>(kWidth, elements_ - r);
-    Lanes<A> re[kWidth] = {}, im[kWidth] = {};
-    for (int64_t t = 0; t < n; ++t) {
-      const Complex<A> x = load_complex(buffer + (r + t) * kElement);
-      re[t] = x.re, im[t] = x.im;
-    }
-    transpose<A>(re);
-    transpose<A>(im);
-    alignas(64) Complex<A> even[kHalf], odd[kHalf];
-    unrolled<kWidth>([&](auto lane) LLMKERN_INLINE {
-      (lane < kHalf ? even : odd)[lane % kHalf] = Complex<A>{re[lane], im[lane]}.times(lane_turn(r, lane).conj());
-    });
-    small_transform<kHalf, 1>(even);
-    small_transform<kHalf, 1>(odd);
-    for (int q = 0; q < kHalf; ++q) {
-      const Complex<A> turned = odd[q].times(fill(half_turns_[2 * q]), fill(-half_turns_[2 * q + 1]));
-      write(q * elements_ + r, n, even[q] + turned);
-      if (!kOneHalf) write((q + kHalf) * elements_ + r, n, even[q] - turned);
+  void leave(const A* buffer, Write write) const {
+    for (int64_t r = 0; r < elements_; r += kWidth) {
+      const int64_t n = std::min<int64_t>(kWidth, elements_ - r);
+      Lanes<A> re[kWidth] = {}, im[kWidth] = {};
+      for (int64_t t = 0; t < n; ++t) {
+        const Complex<A> x = load_complex(buffer + (r + t) * kElement);
+        re[t] = x.re, im[t] = x.im;
+      }
+      transpose<A>(re);
+      transpose<A>(im);
+      alignas(64) Complex<A> even[kHalf], odd[kHalf];
+      unrolled<kWidth>([&](auto lane) LLMKERN_INLINE {
+        (lane < kHalf ? even : odd)[lane % kHalf] = Complex<A>{re[lane], im[lane]}.times(lane_turn(r, lane).conj());
+      });
+      small_transform<kHalf, 1>(even);
+      small_transform<kHalf, 1>(odd);
+      unrolled<kHalf>([&](auto q) LLMKERN_INLINE {
+        const Complex<A> turned = odd[q].times(fill(half_turns_[2 * q]), fill(-half_turns_[2 * q + 1]));
+        write(q * elements_ + r, n, even[q] + turned);
+        if (!kOneHalf) write((q + kHalf) * elements_ + r, n, even[q] - turned);
+      });
     }
   }
 
@@ -239,23 +220,20 @@ class Transform {
 
   void there(const Stage& stage, A* buffer, int64_t begin, int64_t end) const {
     with_radix(stage.radix, [&]<int R>() {
-      const int64_t step = stage.block / R;
-      for (int64_t at = begin; at < end; at += stage.block) there_columns<R>(stage, buffer + at * kElement, 0, step);
+      for (int64_t at = begin; at < end; at += stage.block) there_block<R>(stage, buffer + at * kElement);
     });
   }
 
   void back(const Stage& stage, A* buffer, int64_t begin, int64_t end) const {
     with_radix(stage.radix, [&]<int R>() {
-      const int64_t step = stage.block / R;
-      for (int64_t at = begin; at < end; at += stage.block) back_columns<R>(stage, buffer + at * kElement, 0, step);
+      for (int64_t at = begin; at < end; at += stage.block) back_block<R>(stage, buffer + at * kElement);
     });
   }
 
-  // Columns [first, last) of one block: elements that far from its start, and from there in steps.
   template <int R>
-  LLMKERN_INLINE static void there_columns(const Stage& stage, A* block, int64_t first, int64_t last) {
+  LLMKERN_INLINE static void there_block(const Stage& stage, A* block) {
     const int64_t step = stage.block / R * kElement;
-    for (int64_t j = first; j < last; ++j) {
+    for (int64_t j = 0; j < stage.block / R; ++j) {
       A* at = block + j * kElement;
       Complex<A> x[R];
       unrolled<R>([&](auto q) LLMKERN_INLINE { x[q] = load_complex(at + q * step); });
@@ -270,9 +248,9 @@ class Transform {
   }
 
   template <int R>
-  LLMKERN_INLINE static void back_columns(const Stage& stage, A* block, int64_t first, int64_t last) {
+  LLMKERN_INLINE static void back_block(const Stage& stage, A* block) {
     const int64_t step = stage.block / R * kElement;
-    for (int64_t j = first; j < last; ++j) {
+    for (int64_t j = 0; j < stage.block / R; ++j) {
       A* at = block + j * kElement;
       Complex<A> x[R];
       unrolled<R>([&](auto k) LLMKERN_INLINE { x[k] = load_complex(at + k * step); });
@@ -292,8 +270,6 @@ class Transform {
   std::vector<Stage> stages_;
   std::vector<A> half_turns_, run_turns_;
   Complex<A> lane_turns_[kWidth];
-  // Whether the first stage of lanes has columns enough to follow the one between lanes at once.
-  bool has_top_;
 };
 
 }  // namespace CPU_CAPABILITY

@@ -81,7 +81,7 @@ struct Call {
   }
   static Rows<A> rows(const at::Tensor& t) { return {t.const_data_ptr<A>(), t.size(1)}; }
 
-  // body(number of a part, buffers): each by one thread.
+  // body(number of a part, buffers): each by one thread; the last ones, which have most to do, first.
   template <typename Body>
   void for_parts(int64_t count, Body body) const {
     const int64_t last = static_cast<int64_t>(parts.size());
@@ -91,7 +91,7 @@ struct Call {
       std::vector<A*> each;
       for (int64_t b = 0; b < count; ++b) each.push_back(scratch.mutable_data_ptr<A>() + b * scratch.size(1));
       each.resize(4, nullptr);
-      for (int64_t number = next++; number < last; number = next++) body(number, each.data());
+      for (int64_t done = next++; done < last; done = next++) body(last - 1 - done, each.data());
     });
   }
 };

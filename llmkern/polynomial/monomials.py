@@ -75,11 +75,15 @@ class Monomials:
             parent, dim = self.panel_parent[begin:end], self.panel_dim[begin:end]
             level = x if begin == 1 else panel[..., parent, :] * x[..., dim, :]
             panel = torch.cat([panel, level], -2)
-        parts = [
-            panel[..., b.start : b.start + b.count, :] * (1 if b.dim < 0 else x[..., b.dim : b.dim + 1, :])
-            for b in self.blocks
-        ]
-        return torch.cat(parts, -2)
+        products = [b for b in self.blocks if b.dim >= 0]
+        pairs = [(panel[..., b.start : b.start + b.count, :], x[..., b.dim : b.dim + 1, :]) for b in products]
+        if torch.is_grad_enabled() and x.requires_grad:
+            return torch.cat([panel, *(feature * factor for feature, factor in pairs)], -2)
+        made = x.new_empty(*x.shape[:-2], self.count, x.shape[-1])
+        made[..., : self.panel, :] = panel
+        for b, (feature, factor) in zip(products, pairs):
+            torch.mul(feature, factor, out=made[..., b.row : b.row + b.count, :])
+        return made
 
     def coefficients(self, polynomial: Tensor) -> Tensor:
         """(.., g + 1) coefficients of p -> (.., R) those of the monomials in p(x.y)."""

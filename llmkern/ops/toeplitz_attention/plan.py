@@ -202,21 +202,20 @@ class _Planner:
         args, work = self.args, self.work
         count = max(FEWEST_ROWS, min(MOST_ROWS, SAMPLED_PAIRS // max(1, work.heads * work.keys)))
         rows = torch.linspace(0, work.rows - 1, min(count, work.rows), device=q.device).long()
-        s = relative_scores(q[:, :, rows], k, self.relative, args.support, args.scale, rows)
         behind = rows[:, None] - torch.arange(work.keys, device=q.device)
-        hidden = behind < 0 if args.is_causal else torch.zeros_like(behind, dtype=torch.bool)
-        logits = s.masked_fill(hidden, -torch.inf)
-        if args.key_bias is not None:
-            logits = logits + args.key_bias[:, None, None].to(s)
-        self.lse = logits.logsumexp(-1)
         if args.support is None:
+            self.s = args.scale * (q[:, :, rows] @ k.mT)
             bias = self.relative[:, 0, behind + (self.relative.shape[-1] - 1) // 2]
-            s = s - bias
-            self.shares = (logits - s - self.lse.unsqueeze(-1)).exp().nan_to_num()
         else:
-            visible = torch.zeros_like(logits).masked_fill(logits == -torch.inf, -torch.inf)
-            self.shares = (visible - self.lse.unsqueeze(-1)).exp().nan_to_num()
-        self.s, self.rows, self.behind = s, rows, behind
+            self.s = relative_scores(q[:, :, rows], k, self.relative, args.support, args.scale, rows)
+            bias = torch.zeros_like(self.s)
+        if args.is_causal:
+            bias = bias.masked_fill(behind < 0, -torch.inf)
+        if args.key_bias is not None:
+            bias = bias + args.key_bias[:, None, None].to(bias)
+        self.lse = (self.s + bias).logsumexp(-1)
+        self.shares = (bias - self.lse.unsqueeze(-1)).exp().nan_to_num()
+        self.rows, self.behind = rows, behind
         keys = torch.linspace(0, work.keys - 1, min(SAMPLED_KEYS, work.keys), device=q.device).long()
         x, y = args.scale * q[:, :, rows].mT, k[:, :, keys].mT
         if args.support is not None:
