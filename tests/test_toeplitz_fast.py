@@ -107,7 +107,8 @@ def test_gradcheck(kind: str, method: str, is_causal: bool) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_gradients_are_near_those_of_dense_attention(method: str, is_causal: bool) -> None:
-    """To q, k, v and the parameters of a smooth table, closer the smaller rtol is."""
+    """To q, k, v and the parameters of a smooth table, closer the smaller rtol is, and within less than they amount to:
+    at larger ones bounds of the slopes' errors would say nothing."""
     n = 200
     q, k, v = (x.requires_grad_() for x in bounded(n, n))
     slope = torch.tensor([[0.4], [0.2]], dtype=torch.float64, requires_grad=True)
@@ -119,7 +120,7 @@ def test_gradients_are_near_those_of_dense_attention(method: str, is_causal: boo
     truth = torch.autograd.grad(exact, leaves, upstream, retain_graph=True)
     # The largest |do_i.(v_j - o_i)| of each row.
     pull = (upstream @ v.mT - (upstream * exact).sum(-1, keepdim=True)).abs().amax(-1).detach()
-    for rtol in (1e-2, 1e-6):
+    for rtol in (1e-6, 1e-7):
         options: dict[str, Any] = {"is_causal": is_causal, "scale": 1.0, "rtol": rtol, "method": method}
         plan = plan_toeplitz_attention(q, k, v, relative=relative, **options)
         out = toeplitz_attention(q, k, v, relative=relative, plan=plan, is_causal=is_causal, scale=1.0)
@@ -135,7 +136,7 @@ def test_gradients_are_near_those_of_dense_attention(method: str, is_causal: boo
             rows.sum() * shape.amax(),
         )
         for ours, theirs, most in zip(found, truth, reach):
-            assert (ours - theirs).abs().sum() <= most
+            assert (ours - theirs).abs().sum() <= most < theirs.abs().sum()
 
 
 def slope_error(fit: Any) -> float:
