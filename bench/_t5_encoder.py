@@ -9,7 +9,7 @@ import functools
 from typing import Any
 
 import torch
-from _harness import Case, _call, _map_tensors, _to_float64, check_agreement
+from _harness import Case, _call, _map_tensors, _to_float64
 from torch import Tensor
 
 WIDTH, HEADS, HEAD_DIM, HIDDEN = 768, 12, 64, 2048
@@ -45,13 +45,14 @@ def encode(embedded: Tensor, parameters: list[Tensor], *, layers: int, provider:
 
 def agree(results: dict[str, Any], arguments: tuple[Any, ...], *, case: Case) -> None:
     """Dense attention in float64 takes 10 GiB here: ours takes its place, of which transformers has to have half of the
-    digits. Then all are held to the factor of peers: what rounds is two layers; tests hold the op to the strict rule.
+    digits. Then norms of errors are held to the factor that largest errors are held to elsewhere: of the millions of
+    entries that two layers round, the largest error is one of a tail.
     """
     wide = _call(case, case.providers["llmkern"], _map_tensors(arguments, _to_float64))()
-    for ours, theirs in zip(wide, results[case.base]):
-        assert float((ours - theirs).norm()) <= torch.finfo(case.dtype).eps ** 0.5 * float(ours.norm())
-    models_of = {f"a model by {name}": result for name, result in results.items()}
-    check_agreement(dataclasses.replace(case, base=f"a model by {case.base}"), models_of, wide)
+    for index, (truth, ours, theirs) in enumerate(zip(wide, results["llmkern"], results[case.base])):
+        error, allowed = float((ours - truth).norm()), 2 * float((theirs - truth).norm())
+        assert allowed <= torch.finfo(case.dtype).eps ** 0.5 * float(truth.norm())
+        assert error <= allowed, f"output {index} errs by {error:.3g}, allowed is {allowed:.3g}"
 
 
 def t5_case(layers: int, tokens: int) -> Case:

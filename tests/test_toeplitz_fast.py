@@ -228,7 +228,11 @@ def test_plans_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (x.float() for x in bounded(n, n, 8))
     options: dict[str, Any] = {"scale": 1.0}
     smooth = RelativeBias.from_alibi(2, n)
-    assert "blocks of 192 tokens, near ones exact" in str(plan_toeplitz_attention(q, k, v, relative=smooth, **options))
+    blocks, chosen = (
+        plan_toeplitz_attention(q, k, v, relative=smooth, method=method, **options) for method in ("blocks", "auto")
+    )
+    assert "blocks of 192 tokens, near ones exact" in str(blocks)
+    assert chosen.predicted_cost[chosen.method] <= blocks.predicted_cost["blocks"] < chosen.predicted_cost["exact"]
     # A table whose entries are learned gets gradients everywhere.
     free = RelativeBias(smooth.table.clone().requires_grad_())
     assert plan_toeplitz_attention(q, k, v, relative=free, **options).method in ("exact", "fft")

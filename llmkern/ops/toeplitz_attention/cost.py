@@ -1,25 +1,84 @@
-"""Predicted seconds of each route, from rates measured on two cores with AVX-512; their ratios carry over."""
+"""Predicted seconds of each route, from rates that bench/_toeplitz_rates.py measures."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import astuple, dataclass
 
 import torch
 
+from llmkern._library import cpu_build
 from llmkern.ops.toeplitz_attention.arguments import Arguments
 from llmkern.ops.toeplitz_attention.fourier import fast_length
 from llmkern.ops.toeplitz_attention.layout import Layout
 
-# Seconds of one thread. Exact: a pair, a number of q, k or v in it, a place of a matrix in it.
-_PAIR, _PAIR_NUMBER, _PAIR_PLACE = 0.17e-9, 0.0095e-9, 0.03e-9
-# A monomial of a token; a product of matrices, a term of it; a number at a node of a token; a symbol compared.
-_MONOMIAL, _TERM, _NODE, _COMPARED = 10e-9, 0.01e-9, 6e-9, 1.2e-9
-# A number that is transformed and back, within the cache and beyond it.
-_TRANSFORMED, _TRANSFORMED_FAR, _CACHED = 4.6e-9, 12e-9, 2**15
-# A pair of a row that is computed on its own; Python and planning, whatever the threads.
-_ROW_PAIR, _FIXED = 3e-9, 4e-3
+# Python and planning, whatever the threads.
+FIXED_SECONDS = 2.5e-3
 # What a prediction must promise before a fast route is taken: predictions err.
 GAIN = 1.3
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How much of everything a route does; as rates, the seconds of one thread that one of each takes.
+
+    Attributes:
+        pair, number, place: a pair of tokens in exact tiles, a number of q, k or v in it, a place of a matrix in it.
+        monomial: a monomial of a token.
+        product: a multiplication and addition of matrices; node: a number at a node of a token.
+        compared: a symbol between two tokens, held against its interpolation.
+        transformed: a number that is transformed and back, times the binary logarithm of how many there are.
+        row_pair: a pair of a row that is computed on its own.
+    """
+
+    pair: float = 0
+    number: float = 0
+    place: float = 0
+    monomial: float = 0
+    product: float = 0
+    node: float = 0
+    compared: float = 0
+    transformed: float = 0
+    row_pair: float = 0
+
+    def __add__(self, other: Terms) -> Terms:
+        return Terms(*(a + b for a, b in zip(astuple(self), astuple(other))))
+
+    def seconds(self, rates: Terms) -> float:
+        return sum(a * b for a, b in zip(astuple(self), astuple(rates))) / torch.get_num_threads()
+
+
+# Of two cores of a Zen 5, held to the instruction set. Not measured yet are plain builds, taken to have the ratios of
+# AVX2, and GPUs, taken to have those of AVX-512.
+RATES = {
+    "avx512": Terms(
+        pair=2.3e-10,
+        number=8.9e-12,
+        place=5e-11,
+        monomial=1.1e-08,
+        product=6.5e-12,
+        node=0,
+        compared=2.2e-09,
+        transformed=5.2e-11,
+        row_pair=5.7e-09,
+    ),
+    "avx2": Terms(
+        pair=3.5e-10,
+        number=1.6e-11,
+        place=5.4e-11,
+        monomial=8.8e-09,
+        product=5.7e-12,
+        node=2.1e-10,
+        compared=2.1e-09,
+        transformed=1.2e-10,
+        row_pair=6.1e-09,
+    ),
+}
+RATES["generic"] = RATES["avx2"]
+
+
+def rates(device: str) -> Terms:
+    return RATES[(cpu_build.isa or "generic") if device == "cpu" else "avx512"]
 
 
 @dataclass(frozen=True)
@@ -32,41 +91,61 @@ class Work:
     value_dim: int
     places: int
     is_causal: bool
+    rates: Terms
 
     @staticmethod
     def of(args: Arguments) -> Work:
         b, h, n, d = args.q.shape
         places = 0 if args.support is None else len(args.support)
-        return Work(b * h, h, n, args.k.shape[2], d, args.v.shape[3], places, args.is_causal)
+        known = rates(args.q.device.type)
+        return Work(b * h, h, n, args.k.shape[2], d, args.v.shape[3], places, args.is_causal, known)
 
 
-def _pairs_seconds(work: Work, pairs: float) -> float:
-    terms = work.value_dim * _PAIR_NUMBER + (work.places * _PAIR_PLACE if work.places else work.dim * _PAIR_NUMBER)
-    return work.heads * pairs * (_PAIR + terms) / torch.get_num_threads()
+def pair_terms(work: Work, pairs: float) -> Terms:
+    """Of so many pairs of tokens a head."""
+    total = work.heads * pairs
+    numbers = work.value_dim + (0 if work.places else work.dim)
+    return Terms(pair=total, number=total * numbers, place=total * work.places)
 
 
-def exact_seconds(work: Work) -> float:
+def exact_terms(work: Work) -> Terms:
     seen = work.rows * (work.keys - min(work.rows, work.keys) / 2) if work.is_causal else work.rows * work.keys
-    return _pairs_seconds(work, seen)
+    return pair_terms(work, seen)
 
 
-def blocks_seconds(work: Work, layout: Layout, features: int, nodes: int) -> float:
+def blocks_terms(work: Work, layout: Layout, features: int, nodes: int) -> Terms:
     tokens, width = layout.tokens, work.value_dim + 2
     symbols = features if work.places else 1
     coupled = (layout.count * nodes) ** 2 * features * width
-    seconds = tokens * features * (_MONOMIAL + 4 * nodes * width * _TERM) + 2 * coupled * _TERM
-    seconds += tokens * nodes * width * _NODE
-    compared = tokens * layout.size * (1 if work.is_causal else 2) * symbols * _COMPARED
-    total = (work.heads * seconds + work.query_heads * compared) / torch.get_num_threads()
-    return total + _pairs_seconds(work, tokens * layout.size * (1.5 if work.is_causal else 3)) + _FIXED
+    return pair_terms(work, tokens * layout.size * (1.5 if work.is_causal else 3)) + Terms(
+        monomial=work.heads * tokens * features,
+        product=work.heads * (4 * tokens * features * nodes * width + 2 * coupled),
+        node=work.heads * tokens * nodes * width,
+        compared=work.query_heads * tokens * layout.size * (1 if work.is_causal else 2) * symbols,
+    )
+
+
+def fft_terms(work: Work, features: int) -> Terms:
+    length = fast_length(work.rows + work.keys - 1)
+    # A symbol that a feature has to itself goes one way, alone.
+    sequences = features * (work.value_dim + 1 + (1 if work.places else 0))
+    return Terms(
+        monomial=work.heads * (work.rows + work.keys) / 2 * features,
+        transformed=work.heads * sequences * length * math.log2(length + 1),
+    )
+
+
+def exact_seconds(work: Work) -> float:
+    return exact_terms(work).seconds(work.rates)
+
+
+def blocks_seconds(work: Work, layout: Layout, features: int, nodes: int) -> float:
+    return blocks_terms(work, layout, features, nodes).seconds(work.rates) + FIXED_SECONDS
 
 
 def fft_seconds(work: Work, features: int) -> float:
-    length = fast_length(work.rows + work.keys - 1)
-    transformed = features * (work.value_dim + 1) * length * (_TRANSFORMED if length <= _CACHED else _TRANSFORMED_FAR)
-    seconds = transformed + (work.rows + work.keys) / 2 * features * _MONOMIAL
-    return work.heads * seconds / torch.get_num_threads() + _FIXED
+    return fft_terms(work, features).seconds(work.rates) + FIXED_SECONDS
 
 
 def rows_seconds(work: Work, share: float) -> float:
-    return work.heads * work.rows * share * work.keys * _ROW_PAIR / torch.get_num_threads()
+    return Terms(row_pair=work.heads * work.rows * share * work.keys).seconds(work.rates)
