@@ -15,7 +15,13 @@ from torch import Tensor
 import llmkern
 from llmkern import RelativeBias, RelativeMatrix, Rotary, plan_toeplitz_attention, toeplitz_attention
 from llmkern.ops.toeplitz_attention import plan as planning
-from llmkern.ops.toeplitz_attention.fourier import fast_length, fourier_backward_reference, fourier_reference
+from llmkern.ops.toeplitz_attention.blocks import BlockProduct
+from llmkern.ops.toeplitz_attention.fourier import (
+    FourierProduct,
+    fast_length,
+    fourier_backward_reference,
+    fourier_reference,
+)
 from llmkern.ops.toeplitz_attention.layout import Layout, extended, interpolation_errors, nodes_of
 from llmkern.ops.toeplitz_attention.reference import relative_scores
 
@@ -297,6 +303,26 @@ def test_transforms_are_those_of_torch(length: int, is_own: bool) -> None:
         assert torch.equal(torch.ops.llmkern.toeplitz_fourier_fwd(*inputs), ours[0])
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("is_own", [False, True])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_products_have_the_gradients_of_what_they_compute(method: str, is_own: bool, is_causal: bool) -> None:
+    """Each by itself: in attention what is exact beside them would hide much."""
+    layout, features, width = Layout.of(96, 16, is_causal), 5, 3
+    n = layout.tokens
+    shapes = [(features, n), (features, n), (n, width), (features if is_own else 1, 2 * n - 1)]
+    shapes += [(features,), (features,), (n, width)]
+    *leaves, coefficients, moments, grad = (normal(*s, seed=i, dtype=torch.float64) for i, s in enumerate(shapes))
+    product = BlockProduct(layout, 4, grad) if method == "blocks" else FourierProduct(n, n)
+    forward = product.forward if method == "blocks" else fourier_reference
+    out = forward(*(x.requires_grad_() for x in leaves), coefficients, moments)[:, :-1]
+    truth = torch.autograd.grad(out, leaves, grad)
+    ours = product.backward(grad, *(x.detach() for x in leaves), coefficients, True)
+    rounding = n * features * width * torch.finfo(torch.float64).eps
+    for name, got, true in zip(("x", "y", "columns", "symbols"), ours, truth):
+        assert (got - true).norm() <= rounding * true.norm(), name
 
 
 def test_polynomials_are_interpolated_and_continued() -> None:
