@@ -87,9 +87,11 @@ inline int64_t left_stride(int64_t depth) {
   return padded_depth<A>(depth) + kTileColumns<A>;
 }
 
-// c (kTileRows x kTileColumns) = or += left rows times panel, over `depth` steps, a multiple of kTileColumns.
+// c (kTileRows x kTileColumns) = or += left rows times panel, over `depth` steps, a multiple of kTileColumns. Not
+// inlined: a body of at::parallel_for is compiled twice, and in the copy for one thread registers were spilled, at a
+// tenth of the speed.
 template <typename A>
-inline void tile_product(const A* a, int64_t row, int64_t chunk, const A* b, int64_t depth, A* c, bool add) {
+[[gnu::noinline]] void tile_product(const A* a, int64_t row, int64_t chunk, const A* b, int64_t depth, A* c, bool add) {
   using V = Lanes<A>;
   constexpr int kWidth = kLanes<A>;
   V acc[kTileRows][2];
@@ -116,8 +118,9 @@ inline void tile_product(const A* a, int64_t row, int64_t chunk, const A* b, int
 }
 
 #if defined(CPU_CAPABILITY_AVX512)
-[[gnu::target("avx512bf16")]] inline void tile_product(const c10::BFloat16* a, int64_t row, int64_t chunk,
-                                                       const c10::BFloat16* b, int64_t depth, float* c, bool add) {
+[[gnu::target("avx512bf16"), gnu::noinline]] inline void tile_product(const c10::BFloat16* a, int64_t row,
+                                                                      int64_t chunk, const c10::BFloat16* b,
+                                                                      int64_t depth, float* c, bool add) {
   constexpr int kColumns = kTileColumns<float>, kWidth = kLanes<float>;
   __m512 acc[kTileRows][2];
 #pragma GCC unroll 16

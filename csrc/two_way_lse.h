@@ -60,15 +60,21 @@ class TwoWaySums {
 
   // Log-sum-exp of the columns [first, first + count), over the left blocks in their order.
   void join_columns(int64_t first, int64_t count, const TwoParts<A>& columns) const {
-    at::parallel_for(0, count, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; ++j) {
-        A best = kLowest<A>;
-        for (int64_t b = 0; b < blocks_; ++b) best = std::max(best, column_tops_[b * at_once_ + j]);
-        double total = 0;
-        for (int64_t b = 0; b < blocks_; ++b)
-          total += static_cast<double>(column_sums_[b * at_once_ + j]) *
-                   std::exp(double(column_tops_[b * at_once_ + j]) - best);
-        columns.set(first + j, best, total);
+    at::parallel_for(0, (count + kWidth - 1) / kWidth, 4, [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin * kWidth; j < end * kWidth; j += kWidth) {
+        V best = fill(kLowest<A>);
+        for (int64_t at = j; at < blocks_ * at_once_; at += at_once_) {
+          const V top = load(column_tops_.data() + at, All{});
+          best = top > best ? top : best;
+        }
+        double totals[kWidth] = {};
+        for (int64_t at = j; at < blocks_ * at_once_; at += at_once_) {
+          const V shifted = exp_nonpositive(load(column_tops_.data() + at, All{}) - best);
+          const V part = load(column_sums_.data() + at, All{}) * shifted;
+          for (int lane = 0; lane < kWidth; ++lane) totals[lane] += part[lane];
+        }
+        for (int64_t i = 0; i < std::min<int64_t>(kWidth, count - j); ++i)
+          columns.set(first + j + i, best[i], totals[i]);
       }
     });
   }
