@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +15,12 @@ import torch
 
 pytest.importorskip("sklearn")
 
+import clip_torchrun_worker
+
 from llmkern.__main__ import main
 from llmkern.papers.data_selection.toy import arms, corpora, experiment, hubness, pairs, tables
 from llmkern.papers.data_selection.toy.corpora import CLEAN, GENERIC, OFF_TARGET, SHUFFLED, Shares
+from llmkern.papers.data_selection.toy.towers import train
 
 SHARES = Shares(0.25, 0.15, 0.2)
 
@@ -159,3 +165,35 @@ def test_a_seed_is_the_same_wherever_it_runs(folder: Path) -> None:
 def test_bad_counts_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["reproduce", "data-selection", "--seeds", "1"]) == 2
     assert "expected --seeds of at least 2, got 1" in capsys.readouterr().err
+
+
+def towers_under_torchrun(folder: Path, *fatal: str) -> dict[str, torch.Tensor]:
+    folder.mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
+    variables = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+    # With gloo, the store that torchrun shares between restarts may still hold the address of a process that is dead.
+    variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    worker = Path(__file__).with_name("clip_torchrun_worker.py")
+    ended = subprocess.run([*command, worker, folder, *fatal], env=variables, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    return torch.load(folder / "towers.pt")
+
+
+def test_a_process_killed_under_torchrun_loses_nothing(tmp_path: Path) -> None:
+    """Two towers trained with clip_loss over two processes: killed in the middle and started again, they go on from the
+    last checkpoint to the bits of an undisturbed run, and both are what one process trains.
+    """
+    killed = towers_under_torchrun(tmp_path / "killed", "6")
+    straight = towers_under_torchrun(tmp_path / "straight")
+    steps = [int(line) for line in (tmp_path / "killed" / "1.steps").read_text().split()]
+    assert steps == [1, 2, 3, 4, 5, 6, *range(5, 13)]
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        alone = train(*clip_torchrun_worker.data(), 50, clip_torchrun_worker.FIT, 3).state_dict()
+    finally:
+        torch.set_default_dtype(before)
+    for name, value in alone.items():
+        assert torch.equal(killed[name], straight[name]), name
+        # Sums over processes round otherwise; Adam divides by what may be small.
+        assert float((straight[name] - value).abs().max()) <= torch.finfo(torch.float64).eps ** 0.5, name
