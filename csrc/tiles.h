@@ -51,14 +51,20 @@ inline Tile<M, N, A> outer_tile(int64_t depth, const A* a, int64_t a_row, int64_
   return c;
 }
 
-// Calls body.template operator()<M>(m) for tiles of rows m .. m + M - 1 that cover [0, rows).
+// Calls body.template operator()<left>(m), where left is at most M; none for no rows.
+template <int M, typename Body>
+inline void for_last_rows(int64_t left, int64_t m, Body body) {
+  if (left == M) return body.template operator()<M>(m);
+  if constexpr (M > 1) for_last_rows<M - 1>(left, m, body);
+}
+
+// Calls body.template operator()<M>(m) for tiles of rows m .. m + M - 1 that cover [0, rows): kMax rows each, and the
+// last what is left, in one tile.
 template <int kMax, typename Body>
 inline void for_row_tiles(int64_t rows, Body body) {
   int64_t m = 0;
   for (; m + kMax <= rows; m += kMax) body.template operator()<kMax>(m);
-  if constexpr (kMax > 1) {
-    if (m < rows) for_row_tiles<kMax / 2>(rows - m, [&]<int M>(int64_t at) { body.template operator()<M>(m + at); });
-  }
+  if constexpr (kMax > 1) for_last_rows<kMax - 1>(rows - m, m, body);
 }
 
 // Calls body.template operator()<N>(token) for tiles of N registers that cover [0, tokens), a multiple of the lanes.

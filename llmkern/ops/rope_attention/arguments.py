@@ -110,10 +110,9 @@ def _short(values: list[int]) -> str:
     return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:6]))}, .., {values[-1]}]"
 
 
-def _positions(x: Tensor, cu: Tensor | None) -> Tensor:
-    """Count from 0 in every sequence."""
-    positions = torch.arange(x.shape[2], device=x.device)
+def _positions(x: Tensor, cu: Tensor | None) -> Tensor | None:
+    """Count from 0 in every sequence; None for one sequence."""
     if cu is None:
-        return positions
-    cu = cu.to(x.device)
+        return None
+    positions, cu = torch.arange(x.shape[2], device=x.device), cu.to(x.device)
     return positions - cu[torch.searchsorted(cu, positions, right=True) - 1]

@@ -212,17 +212,33 @@ class _Planner:
         good = [pair for pair in tried if pair[0].good]
         if not good or (self.method == "auto" and GAIN * min(c.seconds for c, _ in good) >= self.exact):
             return self._exact([c for c, _ in tried])
-        first, basis = min(good, key=lambda pair: pair[0].seconds)
-        # The norms of all tokens set the limits; what the sample says of moments grows with them.
-        norms = self._all_norms(basis)
+        return self._settle(sorted(good, key=lambda pair: pair[0].seconds))
+
+    def _settle(self, good: list[tuple[Candidate, _Basis]]) -> AttentionPlan:
+        """The fastest plan under the norms of all tokens, which set the limits: what the sample says of moments grows
+        with them. Where that costs a candidate its certificate, those of other splits and bases are looked at."""
         eps = torch.finfo(self.dtype).eps
-        found = find_limits(*norms, first.split, eps) or find_limits(*norms, 0.0, eps)
-        assert found is not None
-        again = self._candidates(first.limits.grown(*found) if usable(found) else None, first.features)
-        fit = [c for c in again if c.good]
-        if not fit or (self.method == "auto" and GAIN * min(c.seconds for c in fit) >= self.exact):
+        norms: dict[int, tuple[Tensor, Tensor]] = {}
+        seen: set[int] = set()
+        again: list[Candidate] = []
+        fit: list[tuple[Candidate, _Basis]] = []
+        for first, basis in good:
+            if fit and min(c.seconds for c, _ in fit) <= first.seconds:
+                break
+            if id(first.limits) in seen:
+                continue
+            seen.add(id(first.limits))
+            if id(basis) not in norms:
+                norms[id(basis)] = self._all_norms(basis)
+            of_all = norms[id(basis)]
+            found = find_limits(*of_all, first.split, eps) or find_limits(*of_all, 0.0, eps)
+            assert found is not None
+            known = self._candidates(first.limits.grown(*found) if usable(found) else None, first.features)
+            again += known
+            fit += [(c, basis) for c in known if c.good]
+        if not fit or (self.method == "auto" and GAIN * min(c.seconds for c, _ in fit) >= self.exact):
             return self._exact(again)
-        return self._polynomial(min(fit, key=lambda c: c.seconds), basis)
+        return self._polynomial(*min(fit, key=lambda pair: pair[0].seconds))
 
     def _look(
         self, q: Tensor, k: Tensor, count: Tensor | int, raw_bound: float, basis: _Basis

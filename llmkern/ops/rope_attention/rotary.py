@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -52,6 +53,7 @@ class Rotary:
         self.factor = float(self.scaling.get("factor", 1.0))
         self.original_length = int(self.scaling.get("original_max_position_embeddings") or 0)
         self.attention_factor = self._attention_factor()
+        self._kept: tuple[object, tuple[Tensor, Tensor]] | None = None
 
     def __repr__(self) -> str:
         scaling = f", scaling={self.scaling}" if self.scaling else ""
@@ -85,19 +87,34 @@ class Rotary:
     def __call__(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         if x.shape[-1] < self.head_dim:
             raise bad_value("Rotary", f"heads of at least {self.head_dim} entries", x.shape[-1])
-        positions = torch.arange(x.shape[-2], device=x.device) if positions is None else positions
-        if positions.dtype.is_floating_point or positions.shape[-1:] != x.shape[-2:-1]:
+        if positions is not None and (positions.dtype.is_floating_point or positions.shape[-1:] != x.shape[-2:-1]):
             raise bad_type(
                 "Rotary", f"integer positions of length {x.shape[-2]}", f"{positions.dtype} {tuple(positions.shape)}"
             )
-        accumulate = torch.float64 if x.dtype == torch.float64 else torch.float32
-        cos, sin = self.tables(positions, accumulate)
-        if positions.dim() == 2:
-            cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        half = self.head_dim // 2
-        first, second = x[..., :half].to(accumulate), x[..., half : self.head_dim].to(accumulate)
-        turned = [first * cos - second * sin, second * cos + first * sin]
-        return torch.cat([*(t.to(x.dtype) for t in turned), x[..., self.head_dim :]], -1)
+        cos, sin = self._whole_tables(x, positions)
+        turning = x[..., : self.head_dim].to(cos.dtype)
+        # In place: memory that is touched for the first time costs more than the arithmetic.
+        turned = turning.roll(self.head_dim // 2, -1).mul_(sin).addcmul_(turning, cos).to(x.dtype)
+        return turned if x.shape[-1] == self.head_dim else torch.cat([turned, x[..., self.head_dim :]], -1)
+
+    def _whole_tables(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """cos and, with the sign of the half that it meets, sin of whole heads. Those of 0 .. N-1 are kept: layers, and
+        queries and keys, turn alike."""
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        key = (x.shape[-2], x.device, dtype)
+        plain = type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+        if positions is None and plain and self._kept is not None and self._kept[0] == key:
+            return self._kept[1]
+        # Kept tables serve calls that record gradients, too.
+        with torch.inference_mode(False) if plain else contextlib.nullcontext(), torch.no_grad():
+            at = torch.arange(x.shape[-2], device=x.device) if positions is None else positions
+            cos, sin = self.tables(at, dtype)
+            if at.dim() == 2:
+                cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+            whole = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+        if positions is None and plain:
+            self._kept = (key, whole)
+        return whole
 
     def _attention_factor(self) -> float:
         if self.kind != "yarn":
