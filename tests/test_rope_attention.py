@@ -24,6 +24,7 @@ from llmkern._library import cpu_build
 from llmkern.ops.rope_attention.arguments import Arguments
 from llmkern.ops.rope_attention.exact import tiled_attention, tiles_win
 from llmkern.ops.rope_attention.function import polynomial_inputs
+from llmkern.ops.rope_attention.reference import rope_attention_backward_reference, rope_attention_reference
 
 # LLMKERN_EXAMPLES=10000 is the long run.
 EXAMPLES = int(os.environ.get("LLMKERN_EXAMPLES", "60"))
@@ -187,6 +188,32 @@ def test_rows_whose_certificate_fails_are_exact() -> None:
     assert (out - truth).abs().max() <= 1e-13 * truth.abs().max()
 
 
+@pytest.mark.parametrize(
+    ("n", "is_causal", "options"),
+    [
+        (4200, True, {}),
+        (600, False, {}),
+        (600, False, {"contact": 0}),
+        (600, True, {"degree": 4, "contact": 4}),
+        (600, False, {"leading": 2}),
+    ],
+    ids=str,
+)
+def test_the_rows_that_fail_are_those_of_the_formula(n: int, is_causal: bool, options: dict[str, int]) -> None:
+    """Each part of the certificate counts: moments, tails, rounding by the weight of the keys, the limit of queries."""
+    q, k, v = (normal(1, 1, n, 5, seed=i, scale=0.4, dtype=torch.float64) for i in range(3))
+    q *= torch.linspace(0, 2, n).roll(n // 3).unsqueeze(-1)
+    plan = frozen_plan(1, 1, 5, bound=4.0, is_causal=is_causal, rtol=0.02, q_limit=1.5, **options)
+    assert plan.table is not None
+    plan.table[..., -1] = 1e-3
+    inputs, settled = polynomial_inputs(Arguments(q, k, v, 1.0, None, None, None), plan, is_causal)
+    fails = torch.ops.llmkern.rope_attention_fwd(*inputs, *settled, plan.rtol)[2]
+    assert torch.equal(fails, rope_attention_reference(*inputs, *settled, plan.rtol)[2])
+    within = q.norm(dim=-1) <= 1.5
+    # Without contact at zero the error is the same share of every row.
+    assert options.get("contact") == 0 or 0 < int((fails & within).sum()) < int(within.sum())
+
+
 def test_a_plan_for_other_data_costs_time_and_no_accuracy() -> None:
     small = [normal(1, 1, 300, 4, seed=i, scale=0.3) for i in range(3)]
     plan = plan_attention(*small, method="polynomial", rtol=1e-3)
@@ -219,6 +246,25 @@ def test_equals_the_matrix_in_double(is_causal: bool, options: dict[str, int], n
     for ours, dense in zip(*results):
         assert ours.shape == dense.shape
         assert n * m == 0 or (ours - dense).abs().max() <= 1e-12 * max(1.0, float(dense.detach().abs().max()))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_gradients_of_long_sequences_are_those_of_the_reference(is_causal: bool) -> None:
+    """Long enough for segments; keys of several weights, whose gradient counts too; a polynomial for each head."""
+    n = 1500 if is_causal else 4100
+    q, k, v = (normal(1, h, n, 2, seed=h, scale=0.5, dtype=torch.float64) for h in (2, 1, 1))
+    bias = normal(1, 1, n, seed=3, dtype=torch.float64)
+    plan, other = (frozen_plan(1, 2, 2, bound=b, is_causal=is_causal, chunk=240) for b in (4.0, 2.0))
+    assert plan.table is not None
+    assert other.table is not None
+    plan.table[:, 1] = other.table[:, 1]
+    (q, k, v, _, *rest), options = polynomial_inputs(Arguments(q, k, v, 1.0, None, None, None), plan, is_causal)
+    inputs = (q, k, v, bias, *rest)
+    saved = torch.ops.llmkern.rope_attention_fwd(*inputs, *options, plan.rtol)
+    grad = normal(1, 2, n, 2, seed=9, dtype=torch.float64)
+    ours = torch.ops.llmkern.rope_attention_bwd(grad, *inputs, *saved, *options)
+    for a, b in zip(ours, rope_attention_backward_reference(grad, *inputs, *saved, *options)):
+        assert (a - b).abs().max() <= 1e-11 * b.abs().max()
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
