@@ -183,7 +183,8 @@ isas = isas_of(wish) if sources and not missing_for_build() else []
 
 HF = ["transformers>=5", "peft>=0.18", "safetensors", "accelerate"]
 TRL = [*HF, "trl"]
-SELECT = ["pyarrow", "ray", "rich", "matplotlib", "scipy"]
+SELECT = ["pyarrow", "rich", "matplotlib", "scipy"]
+RAY = [*SELECT, "ray"]
 DEMO = [*HF, "rich", "matplotlib", "scikit-learn"]
 TOOLS = ["triton", "setuptools>=77", "ninja", "build", "ruff", "mypy", "clang-format"]
 TEST = ["pytest", "pytest-benchmark", "hypothesis", "scipy"]
@@ -205,12 +206,13 @@ setup(
         "hf": HF,
         "trl": TRL,
         "select": SELECT,
+        "ray": RAY,
         "demo": DEMO,
         "test": TEST,
         "dev": [
             *DEMO,
             *TRL,
-            *SELECT,
+            *RAY,
             *TEST,
             "triton",
             "setuptools>=77",

@@ -26,7 +26,7 @@ def run_units(
     try:
         import ray
     except ModuleNotFoundError:
-        raise bad_value("select", "the package ray for --ray", "none", "pip install 'llmkern[select]'") from None
+        raise bad_value("select", "the package ray for --ray", "none", "pip install 'llmkern[ray]'") from None
     if not ray.is_initialized():
         ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
     remote = ray.remote(num_cpus=1, max_retries=3)(_on_one_thread)
