@@ -1,11 +1,13 @@
 """Holds method="auto" against torch's attention over a grid of sizes and bounds; prints a table and a verdict.
 
 ``python bench/_rope_choice.py``, on a quiet machine, takes two minutes; it fails where auto takes over 5% longer than
-torch, or where tiles are taken for faster and are not.
+torch, or where tiles are taken for faster and are not. With ``--gradients`` forward and backward, up to 16,384 tokens;
+with ``--dtype bfloat16`` of that dtype.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import statistics
 import sys
@@ -15,6 +17,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from rope_attention import bounded
+from torch import Tensor
 
 import llmkern
 from llmkern.ops.rope_attention.exact import tiles_win
@@ -22,6 +25,7 @@ from llmkern.ops.rope_attention.exact import tiles_win
 DIMS = {256: (8, 16, 32, 64, 128), 1024: (8, 16, 32, 64, 128), 4096: (8, 16, 32, 64, 128), 16384: (8, 32, 128)}
 DIMS[65536] = (8, 64)
 BOUNDS = (0.25, 1.0, 4.0, 16.0)
+LONGEST_GRADIENTS = 16384
 ALLOWED = 1.05
 RTOL = 1e-2
 # Rounds of turns by seconds: of short calls more, each several calls long.
@@ -54,17 +58,39 @@ def _seconds(call: Callable[[], object], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-@torch.no_grad()
+def forward(attend: Callable[..., Tensor], *tensors: Tensor) -> None:
+    with torch.no_grad():
+        attend(*tensors)
+
+
+def forward_backward(attend: Callable[..., Tensor], *tensors: Tensor) -> None:
+    torch.autograd.grad(attend(*tensors).sum(), tensors)
+
+
 def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--gradients", action="store_true")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    given = parser.parse_args()
+    return hold(given.gradients, getattr(torch, given.dtype))
+
+
+def hold(gradients: bool, dtype: torch.dtype) -> int:
+    call = forward_backward if gradients else forward
     worst, failures = 0.0, 0
     print("| n | d | causal | torch ms | " + " | ".join(f"B={b:g}" for b in BOUNDS) + " |")
     print("|---" * (4 + len(BOUNDS)) + "|")
     for n, dims in DIMS.items():
+        if gradients and n > LONGEST_GRADIENTS:
+            continue
         for d in dims:
-            inputs = [bounded(n, d, b, "cpu") for b in BOUNDS]
+            inputs = [[t.to(dtype).requires_grad_(gradients) for t in bounded(n, d, b, "cpu")] for b in BOUNDS]
             for c in (False, True):
-                plain = functools.partial(F.scaled_dot_product_attention, *inputs[0], is_causal=c)
-                autos = [functools.partial(llmkern.rope_attention, *x, is_causal=c, rtol=RTOL) for x in inputs]
+                plain = functools.partial(
+                    call, functools.partial(F.scaled_dot_product_attention, is_causal=c), *inputs[0]
+                )
+                auto = functools.partial(llmkern.rope_attention, is_causal=c, rtol=RTOL)
+                autos = [functools.partial(call, auto, *x) for x in inputs]
                 torchs, *ours = turns([plain, *autos])
                 cells = []
                 for x, seconds in zip(inputs, ours):

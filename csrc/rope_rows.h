@@ -13,12 +13,7 @@ struct HeadWeights {
   using A = Acc<T>;
 
   HeadWeights(const Problem<T>& in, int64_t g) : value(by_degree(in, g)), error(value.size(), A(0)) {
-    const A most = static_cast<A>(in.coefficients(g).error);
-    if (in.options.contact != 0) {
-      error[in.options.contact] = most;
-      return;
-    }
-    for (size_t degree = 0; degree < error.size(); ++degree) error[degree] = most * value[degree];
+    error[in.options.contact] = static_cast<A>(in.coefficients(g).error);
   }
 
   std::vector<A> value, error;

@@ -89,13 +89,12 @@ def _block(
     split = degree if whole else 2
     p, dp = sum(a[i] * s**i for i in range(split + 1)), sum(i * a[i] * s ** (i - 1) for i in range(1, split + 1))
     tail, square, slope_leading = torch.zeros_like(s[..., 0]), torch.zeros_like(s[..., 0]), None
-    terms = p if at.contact == 0 else s**at.contact
     if not whole:
         low = q[..., q.shape[2] - at.leading :] @ k[..., k.shape[2] - at.leading :].mT
         tail, square = (part * (s - low).square()).sum(-1), (part * s.square()).sum(-1)
         p = p + sum(a[i] * low**i for i in range(3, degree + 1))
         slope_leading = part * sum(i * a[i] * low ** (i - 1) for i in range(3, degree + 1))
-    d = at.error[:, None] * (part * terms).sum(-1)
+    d = at.error[:, None] * (part * s**at.contact).sum(-1)
     # Where a pair has no part its polynomial may overflow: not even zero times that is to count.
     weights = torch.where(part > 0, part * p, e)
     return Block(rows, keys, weights, torch.where(part > 0, part * dp, e), slope_leading, d, tail, square)

@@ -137,7 +137,7 @@ class Problem:
         degrees = torch.from_numpy(tables.degrees).to(device)
         self.multiplicity = many = torch.from_numpy(tables.multiplicity).to(self.q)
         self.weights = polynomial[:, degrees] * many
-        d = error[:, None] * self.weights if contact == 0 else error[:, None] * (many * (degrees == contact))
+        d = error[:, None] * (many * (degrees == contact))
         tails = many * torch.from_numpy(tables.tail).to(self.q), many * (degrees == 2)
         extra = [d, *(x.expand_as(d) for x in tails)]
         # The certificate, and below all leading variables the moments of the rest and of the whole.

@@ -149,7 +149,6 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         yield named(f"{mask}-anisotropic", check, 40, 40, torch.float32, {**options, "leading": 2, "degree": 4})
         failing = {**options, "rtol": 0.02, "degree": 2, "batch": 2, "heads": (1, 1)}
         yield named(f"{mask}-certificates-fail", check, 33, 33, torch.float32, failing)
-    yield named("uniform", check, 20, 20, torch.float32, {"degree": 4, "contact": 0})
     yield named("contact-4", check, 20, 20, torch.float32, {"degree": 5, "contact": 4, "heads": (2, 2)})
     yield named("one-token", check, 1, 1, torch.float32, {"is_causal": True})
     yield named("float64", check, 20, 20, torch.float64, {})

@@ -7,7 +7,8 @@ Two kinds, by the order ``contact`` of the contact with exp at zero:
 
 r is the minimax polynomial of (e^s - sum_{k<m} s^k / k!) / s^m. Scores of attention are far smaller than the bound that
 Cauchy and Schwarz give for them, and there a polynomial with contact is exact to first order, whereas a plain minimax
-one has a wrong slope: at equal degree its output errs ten times as much.
+one has a wrong slope: at equal degree its output errs ten times as much. Kernels take contact of 2 and more; contact 0,
+the papers' form, is there to be compared with.
 """
 
 from __future__ import annotations

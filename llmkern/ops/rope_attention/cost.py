@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from llmkern._library import cpu_build
 from llmkern.ops.rope_attention.arguments import Arguments
@@ -16,7 +17,10 @@ SIZES = (8, 16, 32, 64, 128, 256)
 # A causal pass sums half of the keys twice.
 CAUSAL_KEYS = 1.5
 # Python, planning and waking threads.
-FIXED_SECONDS = 1.5e-3
+FIXED_SECONDS = 1.2e-3
+# What gradients add: to torch's attention and to tiles, whose gradient is mostly torch's, so many forward passes of
+# torch's; to a polynomial so many of its own.
+TORCH_BACKWARD, POLYNOMIAL_BACKWARD = 2.5, 2.0
 # What a prediction must promise before a polynomial is taken: predictions err.
 GAIN = 1.2
 
@@ -111,7 +115,7 @@ def rates(device: str) -> Rates:
 @dataclass(frozen=True)
 class Work:
     """Sizes of one call; ``rows`` and ``keys`` of one head, ``heads`` over the batch; ``tiles``: whether exact
-    attention would be by tiles."""
+    attention would be by tiles; ``gradients``: whether they will be asked for, and count."""
 
     heads: int
     kv_heads: int
@@ -122,6 +126,7 @@ class Work:
     is_causal: bool
     chunk: int
     tiles: bool
+    gradients: bool
     rates: Rates
 
     @staticmethod
@@ -134,20 +139,29 @@ class Work:
             pairs = float((args.cu_q.diff().double() * args.cu_k.diff().double()).sum()) / count
             rows = keys = math.ceil(math.sqrt(pairs))
             heads, kv_heads = heads * count, kv_heads * count
-        known = rates(args.q.device.type)
-        return Work(heads, kv_heads, rows, keys, d, args.v.shape[3], is_causal, chunk, tiles, known)
+        gradients, known = needs_gradients(args.q, args.k, args.v), rates(args.q.device.type)
+        return Work(heads, kv_heads, rows, keys, d, args.v.shape[3], is_causal, chunk, tiles, gradients, known)
+
+
+def needs_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def torch_seconds(work: Work) -> float:
-    pair = float(np.interp((work.dim + work.value_dim) / 2, SIZES, work.rates.torch_pair))
-    return _all_pairs(work, pair, work.rates.torch_causal)
+    return _torch_forward(work) * (1 + TORCH_BACKWARD if work.gradients else 1)
 
 
 def exact_seconds(work: Work) -> float:
     if not work.tiles:
         return torch_seconds(work)
     pair = work.rates.tile_pair + (work.dim + work.value_dim) * work.rates.tile_number
-    return _all_pairs(work, pair, work.rates.tile_causal)
+    seconds = _all_pairs(work, pair, work.rates.tile_causal)
+    return seconds + TORCH_BACKWARD * _torch_forward(work) if work.gradients else seconds
+
+
+def _torch_forward(work: Work) -> float:
+    pair = float(np.interp((work.dim + work.value_dim) / 2, SIZES, work.rates.torch_pair))
+    return _all_pairs(work, pair, work.rates.torch_causal)
 
 
 def _all_pairs(work: Work, pair: float, causal_share: float) -> float:
@@ -164,4 +178,4 @@ def polynomial_seconds(work: Work, features: int) -> float:
     if work.is_causal:
         seconds += tokens_q * work.chunk * (known.chunk_pair + numbers * known.chunk_number)
     threads = torch.get_num_threads() if work.kv_heads > 1 else min(2, torch.get_num_threads())
-    return seconds / threads + FIXED_SECONDS
+    return seconds / threads * (1 + POLYNOMIAL_BACKWARD if work.gradients else 1) + FIXED_SECONDS

@@ -11,13 +11,15 @@ from torch.autograd.function import once_differentiable
 
 from llmkern._library import cpu_build
 from llmkern.ops.rope_attention.arguments import Arguments
+from llmkern.ops.rope_attention.cost import needs_gradients
 
 # Rows of a block where a mask over keys meets a causal one and tiles are not at hand.
 ROWS = 512
 # By module. Up to the first mean head size tiles outrun torch's kernel without a causal mask; under one, which torch's
 # does not profit much from, at all sizes. Both from so many products and pairs of a head on; below, the call itself is
-# what takes time.
+# what takes time, the more so with gradients, which torch takes without Python.
 TILES_WIN = {"avx2": (12, 1.5e7, 0), "avx512": (256, 1e6, 2**16)}
+PRODUCTS_WITH_GRADIENTS, PAIRS_WITH_GRADIENTS = 1.5e7, 2**18
 # Up to this mean head size also backward; torch's takes fewer products.
 SMALL_HEAD_BACKWARD = 12
 
@@ -60,13 +62,16 @@ class _TiledAttention(torch.autograd.Function):
 
 
 def tiles_win(q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> bool:
-    """Whether tiles are faster than torch's kernel: from shapes alone."""
+    """Whether tiles are faster than torch's kernel: from shapes, and from whether gradients will be asked for."""
     if q.device.type != "cpu" or q.dtype == torch.float64 or cpu_build.isa not in TILES_WIN:
         return False
-    size = q.shape[3] + v.shape[3]
+    batch, heads, rows, size = q.shape
+    size += v.shape[3]
     head, products, pairs = TILES_WIN[cpu_build.isa]
-    seen = q.shape[2] * k.shape[2]
-    if torch.compiler.is_compiling() or q.shape[0] * q.shape[1] * seen * size < products or seen < pairs:
+    if needs_gradients(q, k, v):
+        products, pairs = max(products, PRODUCTS_WITH_GRADIENTS), max(pairs, PAIRS_WITH_GRADIENTS)
+    seen = rows * k.shape[2]
+    if torch.compiler.is_compiling() or batch * heads * seen * size < products or seen < pairs:
         return False
     return is_causal or size <= 2 * head
 

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from llmkern._library import bad_type, bad_value, define_op
 from llmkern.ops.rope_attention.arguments import Arguments, check_arguments
+from llmkern.ops.rope_attention.cost import needs_gradients
 from llmkern.ops.rope_attention.exact import exact_attention, tiled_attention, tiles_win
 from llmkern.ops.rope_attention.plan import SPLITS, AttentionPlan, is_short, make_plan
 from llmkern.ops.rope_attention.reference import (
@@ -201,7 +202,7 @@ def rope_attention(
     Differentiable once in q, k and v: the gradient of what is computed, with the plan held fixed. It saves q, k, v, the
     result, two numbers a row and R (Dv + 1) a key head.
     """
-    absent = all(x is None for x in (plan, rotary, key_mask, cu_seqlens))
+    absent = plan is None and rotary is None and key_mask is None and cu_seqlens is None
     if absent and method == "auto" and rtol > 0 and _is_plain(q, k, v):
         if tiles_win(q, k, v, is_causal):
             scale = q.shape[3] ** -0.5 if scale is None else float(scale)
@@ -220,16 +221,16 @@ def rope_attention(
 
 
 def _is_plain(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Valid shapes of as many heads everywhere, too short for a plan: the call is torch's, at its cost."""
+    """Valid shapes of as many heads everywhere, too short for a plan: the call is torch's, at its cost. Microseconds
+    count here, and asking a tensor for its shape takes a quarter of one."""
+    if not (q.dim() == k.dim() == 4 and k.shape == v.shape and q.dtype == k.dtype == v.dtype):
+        return False
+    (batch, heads, rows, size), keys = q.shape, k.shape
     return (
-        q.dim() == k.dim() == v.dim() == 4
-        and q.shape[:2] == k.shape[:2] == v.shape[:2]
-        and q.shape[3] == k.shape[3]
-        and k.shape[2] == v.shape[2]
-        and q.dtype == k.dtype == v.dtype
-        and q.is_floating_point()
+        (batch, heads, size) == (keys[0], keys[1], keys[3])
+        and is_short(batch * heads * rows * keys[2], size, q.device.type, needs_gradients(q, k, v))
         and q.device == k.device == v.device
-        and is_short(q, k, v)
+        and q.is_floating_point()
     )
 
 
@@ -250,6 +251,7 @@ def plan_attention(
 ) -> AttentionPlan:
     """The plan that ``rope_attention`` would make of the same arguments; see ``AttentionPlan``.
 
+    Where q, k or v require gradients the time that these take counts in the choice of a route.
     ``split=False`` keeps all queries within the limits of the polynomial, as a ``RopeAttentionState`` needs it.
     """
     args = check_arguments("plan_attention", q, k, v, rotary, scale, enable_gqa, rtol, method, key_mask, cu_seqlens)

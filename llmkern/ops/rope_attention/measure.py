@@ -185,23 +185,26 @@ def measure(
     kept = [(s, limits) for s, limits in found if limits is not None and usable(limits)]
     if not kept:
         return
-    q_limits, k_limits = (np.stack([limits[i] for _, limits in kept], -1) for i in (0, 1))
-    shape = (*q.shape[:2], 1, len(kept))
-    q_live = q_norms.unsqueeze(-1) <= torch.from_numpy(q_limits).to(q).reshape(shape)
+    q_limits, k_limits = (
+        torch.from_numpy(np.stack([limits[i] for _, limits in kept], -1)).to(q).reshape(*q.shape[:2], len(kept), 1)
+        for i in (0, 1)
+    )
+    q_live = q_norms.unsqueeze(-1) <= q_limits.mT
     k_norms = k_norms.repeat_interleave(group, 1)
-    k_live = (k_norms.unsqueeze(-1) <= torch.from_numpy(k_limits).to(q).reshape(shape)).to(q.dtype)
+    # One split after the other: products of a few columns side by side are four times as slow.
+    k_live = (k_norms.unsqueeze(-2) <= k_limits).to(q.dtype)
     many = count if isinstance(count, int) else count.unsqueeze(-1)
 
     def means(squares: Tensor) -> Array:
         """Over the keys within the limits, of the rows within them: (splits, H, rows)."""
-        sums = squares @ k_live / many * q_live
+        sums = squares @ k_live.mT / many * q_live
         return sums.double().cpu().numpy().reshape(heads, q.shape[2], len(kept)).transpose(2, 0, 1)
 
     squares = (q @ k.repeat_interleave(group, 1).mT).square()
-    moments, power = {}, squares
-    for order in CONTACTS:
-        moments[order] = means(power)
+    moments, power = {CONTACTS[0]: means(squares)}, squares
+    for order in CONTACTS[1:]:
         power = power * squares
+        moments[order] = means(power)
     low = {}
     for r in LEADING:
         first = dim - r

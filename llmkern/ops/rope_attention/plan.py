@@ -12,7 +12,15 @@ from torch import Tensor
 
 from llmkern._library import bad_value
 from llmkern.ops.rope_attention.arguments import Arguments
-from llmkern.ops.rope_attention.cost import GAIN, Work, exact_seconds, polynomial_seconds, rates, torch_seconds
+from llmkern.ops.rope_attention.cost import (
+    GAIN,
+    TORCH_BACKWARD,
+    Work,
+    exact_seconds,
+    polynomial_seconds,
+    rates,
+    torch_seconds,
+)
 from llmkern.ops.rope_attention.exact import tiles_win
 from llmkern.ops.rope_attention.measure import (
     ALL_KEYS,
@@ -37,9 +45,9 @@ from llmkern.ops.rope_attention.reference import ROUNDING_PARTS, compute_dtype
 CHUNK = 240
 # Shares of tokens of largest norm that a split computes exactly.
 SPLITS = (0.0, 1 / 256, 1 / 32)
-# A plan that finds nothing costs about this much: none is made where that is more than a twentieth of torch's attention
-# or a fifth of ours.
-LOOK_SECONDS = 1.5e-3
+# A plan that finds nothing costs about this much: none is made where exact attention would then take a twentieth more
+# than torch's, or a fifth more than without.
+LOOK_SECONDS = 1e-3
 # Heads from this size on are looked at for directions of little variance.
 BALANCED_DIM = 16
 
@@ -61,7 +69,7 @@ class AttentionPlan:
         error_bound: every row errs by at most this times max_j |v_j - o|; 0 for exact.
         rounding: what floating point may add, as a share of max_j |v_j| (included in the certificate).
         predicted_error: what the moments of the data promise.
-        predicted_cost: seconds by route.
+        predicted_cost: seconds by route; forward and backward where q, k or v required gradients.
         reason: why this route.
     """
 
@@ -132,11 +140,10 @@ class AttentionPlan:
         )
 
 
-def is_short(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether exact attention is over before a plan could be made: from shapes alone, and quickly."""
-    work = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * (q.shape[3] + v.shape[3])
-    slowest = rates(q.device.type).slowest * torch.get_num_threads()
-    return work < 20 * LOOK_SECONDS * slowest and q.shape[3] >= 8 <= v.shape[3]
+def is_short(pairs: int, size: int, device: str, gradients: bool) -> bool:
+    """Whether exact attention is over before a plan could be made; ``pairs`` of all heads, of this size."""
+    work = 2 * pairs * size * (1 + TORCH_BACKWARD if gradients else 1)
+    return size >= 8 and work < 20 * LOOK_SECONDS * rates(device).slowest * torch.get_num_threads()
 
 
 def make_plan(
@@ -148,7 +155,7 @@ def make_plan(
         return AttentionPlan("exact", rtol, "asked for", {"exact": exact}, is_causal=is_causal)
     if method == "auto":
         least = polynomial_seconds(work, math.comb(work.dim + 2, 2))
-        if GAIN * least >= exact or torch_seconds(work) < 20 * LOOK_SECONDS or exact < 5 * LOOK_SECONDS:
+        if GAIN * least >= exact or exact + LOOK_SECONDS > 1.05 * torch_seconds(work) or exact < 5 * LOOK_SECONDS:
             reason = (
                 f"{work.rows} by {work.keys} tokens are too few for the {math.comb(work.dim + 2, 2)} features of "
                 "degree 2 to pay"

@@ -117,7 +117,7 @@ def polynomial_pairs(
     split = degree if whole else 2
     p = _power_sum(a[i] * s**i for i in range(split + 1))
     dp = _power_sum(i * a[i] * s ** (i - 1) for i in range(1, split + 1))
-    d = table.error * (poly * (p if contact == 0 else s**contact)).sum(-1)
+    d = table.error * (poly * s**contact).sum(-1)
     da_leading = None
     if not whole:
         low = q[:, q.shape[1] - leading :] @ k[:, k.shape[1] - leading :].t()

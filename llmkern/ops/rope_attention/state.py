@@ -154,10 +154,7 @@ class RopeAttentionState:
             return (features @ (weights.unsqueeze(-1) * moments[..., -1:])).squeeze(-1)
 
         degrees = torch.from_numpy(self._tables.degrees).to(x.device)
-        if plan.contact == 0:
-            d = error.unsqueeze(-1) * z_part
-        else:
-            d = error.unsqueeze(-1) * form((degrees == plan.contact).to(x))
+        d = error.unsqueeze(-1) * form((degrees == plan.contact).to(x))
         if plan.leading < plan.dim:
             t2 = form(torch.from_numpy(self._tables.tail).to(x)).clamp(min=0)
             s2 = form((degrees == 2).to(x)).clamp(min=0)

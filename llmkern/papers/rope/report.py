@@ -32,20 +32,20 @@ def final_loss(row: dict[str, Any]) -> float:
 def print_tables(console: Console, results: Results) -> None:
     console.print(
         f"\nHeads of {results['head_dim']}, causal, rtol {results['rtol']:g}. Loss: nats per token of held-out text; "
-        f"max and rms of |score|; row error: relative to max|v - o|; logit error: in standard deviations of the logits",
+        f"s: scores; row err: of max|v - o|; logit err: in standard deviations of the logits; Δ loss: with llmkern",
         soft_wrap=True,
     )
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     names = (
         "B",
         "loss",
-        "largest |score|",
-        "rms score",
+        "max |s|",
+        "rms s",
         "degree",
         "features",
-        "row error",
-        "logit error",
-        "loss change",
+        "row err",
+        "logit err",
+        "Δ loss",
     )
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
