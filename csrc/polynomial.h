@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "tiles.h"
+#include "transpose.h"
 
 namespace llmkern {
 inline namespace CPU_CAPABILITY {
@@ -107,11 +108,7 @@ template <typename A>
 inline void build_panel(const Monomials& tables, const A* x, int64_t x_row, int64_t count, int64_t tokens, A* panel,
                         int64_t stride) {
   std::fill(panel, panel + tokens, A(1));
-  for (int64_t l = 0; l < tables.dim; ++l) {
-    A* row = panel + (1 + l) * stride;
-    for (int64_t t = 0; t < count; ++t) row[t] = x[t * x_row + l];
-    std::fill(row + count, row + tokens, A(0));
-  }
+  rows_over_tokens([&](int64_t t) { return x + t * x_row; }, count, tables.dim, tokens, stride, panel + stride);
   for (int64_t p = 1 + tables.dim; p < tables.panel(); ++p) {
     const A* from = panel + tables.parent[p] * stride;
     const A* by = variable_row(panel, tables.variable[p], stride);
@@ -123,26 +120,56 @@ inline void build_panel(const Monomials& tables, const A* x, int64_t x_row, int6
 // Rows that a panel has at least: the variables are there, used or not.
 inline int64_t panel_rows(const Monomials& tables) { return std::max(tables.panel(), 1 + tables.dim); }
 
+// Columns that fill registers go as sums of outer products, the others as products of rows over tokens, of which each
+// ends in a sum over lanes.
+template <typename A>
+inline int64_t whole_columns(int64_t width) {
+  return width / kLanes<A> * kLanes<A>;
+}
+
+// Numbers of scratch of add_moments.
+inline int64_t moments_scratch(int64_t width, int64_t stride) { return 2 * width * stride; }
+
 // state[row][c] += weights[row] times the sum over tokens of monomial row times columns[c], for rows
-// [row_begin, row_end). scratch: width rows of ``stride``.
+// [row_begin, row_end).
 template <typename A>
 inline void add_moments(const Monomials& tables, const A* panel, const A* columns, int64_t width, int64_t tokens,
                         int64_t stride, const A* weights, A* scratch, A* state, int64_t row_begin, int64_t row_end) {
+  const int64_t whole = whole_columns<A>(width);
+  A *values = scratch, *scaled = values + whole * tokens, *scaled_columns = scaled + whole * tokens;
+  rows_over_tokens([&](int64_t c) { return columns + c * stride; }, whole, tokens, whole, whole, values);
+  columns += whole * stride;
+  const auto scale = [&](const A* by) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      for (int64_t c = t * whole; c < (t + 1) * whole; c += kLanes<A>)
+        store(scaled + c, load(values + c, All{}) * fill(by[t]), All{});
+    }
+    for (int64_t c = 0; c < (width - whole) * stride; c += stride) {
+      for (int64_t t = 0; t < tokens; t += kLanes<A>)
+        store(scaled_columns + c + t, load(columns + c + t, All{}) * load(by + t, All{}), All{});
+    }
+  };
   int64_t held = -1;
   for (const auto& block : tables.blocks) {
     const int64_t begin = std::max(row_begin, block.row), end = std::min(row_end, block.row + block.count);
     if (begin >= end) continue;
-    if (block.dim != held) {
-      const A* by = variable_row(panel, block.dim, stride);
-      for (int64_t c = 0; c < width; ++c) {
-        for (int64_t t = 0; t < tokens; t += kLanes<A>)
-          store(scratch + c * stride + t, load(columns + c * stride + t, All{}) * load(by + t, All{}), All{});
-      }
-      held = block.dim;
-    }
-    dot(end - begin, width, tokens, panel + (block.start + begin - block.row) * stride,
-        block.dim < 0 ? columns : scratch, stride, state + begin * width, width,
-        [&](int64_t row) { return weights[begin + row]; });
+    if (block.dim != held) scale(variable_row(panel, block.dim, stride));
+    held = block.dim;
+    const A *features = panel + (block.start + begin - block.row) * stride, *by = weights + begin;
+    A* to = state + begin * width;
+    outer(end - begin, tokens, whole, features, stride, 1, block.dim < 0 ? values : scaled, whole,
+          [&]<int M, int N>(int64_t m, int64_t c, const Tile<M, N, A>& tile) {
+#pragma GCC unroll 8
+            for (int i = 0; i < M; ++i) {
+#pragma GCC unroll 8
+              for (int n = 0; n < N; ++n) {
+                A* at = to + (m + i) * width + c + n * kLanes<A>;
+                store(at, load(at, All{}) + fill(by[m + i]) * tile.at[i][n], All{});
+              }
+            }
+          });
+    dot(end - begin, width - whole, tokens, features, block.dim < 0 ? columns : scaled_columns, stride, to + whole,
+        width, [&](int64_t row) { return by[row]; });
   }
 }
 

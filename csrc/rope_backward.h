@@ -103,9 +103,8 @@ class PolynomialGradients {
 
   // to (count, dim) += transpose of x.
   static void add_rows(const A* x, int64_t count, int64_t stride, int64_t dim, A* to) {
-    for (int64_t t = 0; t < count; ++t) {
-      for (int64_t l = 0; l < dim; ++l) to[t * dim + l] += x[l * stride + t];
-    }
+    rows_of_tokens(x, stride, count, dim,
+                   [&](int64_t t, int64_t l, auto sums) LLMKERN_INLINE { add_at(to + t * dim + l, sums); });
   }
 
   // dk, dv, dbias of keys [begin, begin + count) from dS.
@@ -117,20 +116,22 @@ class PolynomialGradients {
     apply_state(in_.tables, rows.panel.get(), stride, stride, ds, width_, ones_.data(), sums,
                 [](const Monomials::Block&, int64_t, Lanes<A>) {});
     side_.columns(begin, count, stride, false, plain);
-    for (int64_t t = 0; t < count; ++t) {
-      const A w = side_.weight(begin + t);
-      if (w == 0) {
-        for (int64_t c = 0; c < width_; ++c) plain[c * stride + t] = 0;
-        continue;
+    // Rows of slope are free until pull_back: weights, and gradients of biases.
+    A *w = rows.slope.get(), *dw = w + stride;
+    for (int64_t t = 0; t < stride; ++t) w[t] = t < count ? side_.weight(begin + t) : A(0);
+    std::fill(dw, dw + stride, A(0));
+    for (int64_t c = 0; c < width_; ++c) {
+      for (int64_t t = 0; t < stride; t += kLanes<A>) {
+        A *value = plain + c * stride + t, *sum = sums + c * stride + t;
+        const Lanes<A> by = load(w + t, All{}), weighted = by * load(sum, All{});
+        store(sum, weighted, All{});
+        store(dw + t, load(dw + t, All{}) + weighted * load(value, All{}), All{});
+        store(value, by == Lanes<A>{} ? Lanes<A>{} : by * load(value, All{}), All{});
       }
-      A dw = 0;
-      for (int64_t c = 0; c < width_; ++c) {
-        const A sum = w * sums[c * stride + t];
-        dw += sum * plain[c * stride + t];
-        if (c < in_.value_dim) io_.dv[(begin + t) * in_.value_dim + c] += sum;
-        plain[c * stride + t] *= w;
-      }
-      if (io_.dbias) io_.dbias[begin + t] += dw;
+    }
+    add_rows(sums, count, stride, in_.value_dim, io_.dv + begin * in_.value_dim);
+    for (int64_t t = 0; io_.dbias && t < count; ++t) {
+      if (w[t] != 0) io_.dbias[begin + t] += dw[t];
     }
     pull_back(in_.tables, rows.panel.get(), stride, stride, ds, ones_.data(), plain, width_, rows.slope.get(), rows.dx);
     add_rows(rows.dx, count, stride, in_.dim, io_.dk + begin * in_.dim);
@@ -145,13 +146,14 @@ class PolynomialGradients {
     other.zero();
     for_tasks(split ? kSegments : 1, [&](int64_t s) {
       const Rows rows(*this, kPanelTokens);
+      const Buffer<A> scratch(moments_scratch(width_, rows.stride));
       const int64_t end = s ? in_.queries : middle;
       for (int64_t g = 0; g < in_.group; ++g) {
         for (int64_t i = s ? middle : 0; i < end; i += kPanelTokens) {
           const int64_t count = std::min(kPanelTokens, end - i);
           build_queries(g, i, count, rows);
           pull_queries(g, i, count, io_.state, rows);
-          add_queries(g, rows, rows.columns.get() + width_ * rows.stride, s ? other.get() : ds, 0, rows_);
+          add_queries(g, rows, scratch.get(), s ? other.get() : ds, 0, rows_);
         }
       }
     });
@@ -221,9 +223,10 @@ class PolynomialGradients {
 
     void add_queries(int64_t g, int64_t begin, int64_t count) const {
       parent_.build_queries(g, begin, count, queries_);
-      for_state_rows<A>(parent_.rows_, parent_.width_ * queries_.stride, [&](int64_t low, int64_t high, A* scratch) {
-        parent_.add_queries(g, queries_, scratch, ds_.get(), low, high);
-      });
+      for_state_rows<A>(parent_.rows_, moments_scratch(parent_.width_, queries_.stride),
+                        [&](int64_t low, int64_t high, A* scratch) {
+                          parent_.add_queries(g, queries_, scratch, ds_.get(), low, high);
+                        });
     }
 
     const PolynomialGradients& parent_;

@@ -35,21 +35,23 @@ class ExactGradients {
   // kind.
   template <typename Index>
   void slopes(int64_t g, int64_t count, Index index, int64_t stride, bool exact, bool over_z, A* to) const {
-    for (int64_t t = 0; t < stride; ++t) {
-      const int64_t row = t < count ? io_.row_of(g, index(t)) : 0;
-      if (t >= count || io_.exact[row] != exact) {
-        for (int64_t c = 0; c < width_; ++c) to[c * stride + t] = 0;
-        continue;
+    const auto row = [&](int64_t t) { return io_.row_of(g, index(t)); };
+    const int64_t dim = in_.value_dim;
+    // Scales first, then -do.(o - mean).
+    A* last = to + dim * stride;
+    rows_over_tokens([&](int64_t t) { return io_.grad + row(t) * dim; }, count, dim, stride, stride, to);
+    const auto live = [&](int64_t t) { return t < count && io_.exact[row(t)] == exact; };
+    for (int64_t t = 0; t < stride; ++t) last[t] = !live(t) ? A(0) : over_z ? 1 / io_.normalizer[row(t)] : A(1);
+    for (int64_t c = 0; c < dim; ++c) {
+      for (int64_t t = 0; t < stride; t += kLanes<A>) {
+        A* at = to + c * stride + t;
+        const Lanes<A> by = load(last + t, All{});
+        store(at, by == Lanes<A>{} ? Lanes<A>{} : load(at, All{}) * by, All{});
       }
-      const A scale = over_z ? 1 / io_.normalizer[row] : A(1);
-      const T *grad = io_.grad + row * in_.value_dim, *out = io_.out + row * in_.value_dim;
-      A total = 0;
-      for (int64_t c = 0; c < in_.value_dim; ++c) {
-        const A g_c = static_cast<A>(grad[c]) * scale;
-        to[c * stride + t] = g_c;
-        total += g_c * (static_cast<A>(out[c]) - side_.mean[c]);
-      }
-      to[in_.value_dim * stride + t] = exact && !unrounded_.empty() ? -unrounded_[index(t)] : -total;
+    }
+    for (int64_t t = 0; t < count; ++t) {
+      if (!live(t)) continue;
+      last[t] = exact && !unrounded_.empty() ? -unrounded_[index(t)] : -last[t] * pull(row(t));
     }
   }
 
@@ -91,6 +93,20 @@ class ExactGradients {
   }
 
  private:
+  // do.(o - mean) of a row.
+  A pull(int64_t row) const {
+    const T *grad = io_.grad + row * in_.value_dim, *out = io_.out + row * in_.value_dim;
+    const A* mean = side_.mean.data();
+    const int64_t whole = whole_columns<A>(in_.value_dim);
+    Lanes<A> total{};
+    for (int64_t c = 0; c < whole; c += kLanes<A>)
+      total += load(grad + c, All{}) * (load(out + c, All{}) - load(mean + c, All{}));
+    A rest = 0;
+    for (int64_t c = whole; c < in_.value_dim; ++c)
+      rest += static_cast<A>(grad[c]) * (static_cast<A>(out[c]) - mean[c]);
+    return sum<A>(total) + rest;
+  }
+
   PairGradients<A> key_gradients(int64_t begin) const {
     return {nullptr, io_.dk + begin * in_.dim, io_.dv + begin * in_.value_dim, io_.dbias ? io_.dbias + begin : nullptr};
   }
@@ -100,9 +116,11 @@ class ExactGradients {
   QueryTile<A> query_tile(int64_t g, int64_t count, Index index, int64_t stride, bool exact, Limit limit_of,
                           A* x) const {
     A *offset = x + in_.dim * stride, *limit = offset + stride;
+    rows_over_tokens([&](int64_t t) { return in_.query(g, index(t)); }, count, in_.dim, stride, stride, x);
     for (int64_t t = 0; t < stride; ++t) {
       const bool live = t < count && io_.exact[io_.row_of(g, index(t))] == exact;
-      for (int64_t l = 0; l < in_.dim; ++l) x[l * stride + t] = live ? in_.query(g, index(t))[l] : A(0);
+      // What is infinite here must not meet a zero.
+      for (int64_t l = 0; !live && l < in_.dim; ++l) x[l * stride + t] = 0;
       const A z = live ? io_.normalizer[io_.row_of(g, index(t))] : A(1);
       offset[t] = exact ? (z == -std::numeric_limits<A>::infinity() ? A(0) : z) : side_.top + std::log(z);
       limit[t] = static_cast<A>(live ? std::min(limit_of(index(t)), in_.keys) : 0);
@@ -124,10 +142,10 @@ class ExactGradients {
       to.dx = dx;
     }
     pull_back_pairs(keys, tile, slope, width_, p, ds, to);
-    for (int64_t t = 0; want_queries && t < count; ++t) {
-      A* row = io_.dq + io_.row_of(g, index(t)) * in_.dim;
-      for (int64_t l = 0; l < in_.dim; ++l) row[l] += dx[l * stride + t];
-    }
+    if (!want_queries) return;
+    rows_of_tokens(dx, stride, count, in_.dim, [&](int64_t t, int64_t l, auto x) LLMKERN_INLINE {
+      add_at(io_.dq + io_.row_of(g, index(t)) * in_.dim + l, x);
+    });
   }
 
   // do.o of rows, with o summed once more: rounded to a short type, as it was returned, it errs by more than what is

@@ -35,7 +35,7 @@ class KeyPanel {
     return side_.columns(begin, count, stride_, true, columns_.get());
   }
 
-  int64_t scratch_size() const { return side_.in.width() * stride_; }
+  int64_t scratch_size() const { return moments_scratch(side_.in.width(), stride_); }
 
   // Rows [begin, end) of state (count, width) += moments times multiplicities.
   void add_to(A* state, int64_t begin, int64_t end, A* scratch) const {

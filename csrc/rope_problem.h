@@ -169,14 +169,20 @@ struct KeySide {
   // stride. Returns the sum of the weights.
   double columns(int64_t begin, int64_t count, int64_t stride, bool weighted, A* to) const {
     double total = 0;
+    A* factor = to + in.value_dim * stride;
     for (int64_t t = 0; t < stride; ++t) {
       const A w = t < count ? weight(begin + t) : A(0);
       total += w;
-      const T* v = in.v + (begin + t) * in.value_dim;
-      const A factor = weighted ? w : A(t < count);
-      for (int64_t c = 0; c < in.value_dim; ++c)
-        to[c * stride + t] = factor == 0 ? A(0) : factor * (static_cast<A>(v[c]) - mean[c]);
-      to[in.value_dim * stride + t] = factor;
+      factor[t] = weighted ? w : A(t < count);
+    }
+    rows_over_tokens([&](int64_t t) { return in.v + (begin + t) * in.value_dim; }, count, in.value_dim, stride, stride,
+                     to);
+    for (int64_t c = 0; c < in.value_dim; ++c) {
+      const Lanes<A> middle = fill(mean[c]);
+      for (A* at = to + c * stride; at < to + (c + 1) * stride; at += kLanes<A>) {
+        const Lanes<A> by = load(factor + (at - to - c * stride), All{});
+        store(at, by == Lanes<A>{} ? Lanes<A>{} : by * (load(at, All{}) - middle), All{});
+      }
     }
     return total;
   }

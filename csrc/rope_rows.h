@@ -70,7 +70,7 @@ class RowTile {
   void finish(int64_t g, int64_t begin, int64_t count, bool has_state, double weight, const ForwardOutput<T>& to) {
     const Coefficients<A> c = in_.coefficients(g);
     const int64_t width = in_.width();
-    const A* sums = sums_.get();
+    A* sums = sums_.get();
     const double slack = has_state ? c.rounding * weight : 0.0;
     for (int64_t t = 0; t < count; ++t) {
       const double z = sums[in_.value_dim * stride_ + t];
@@ -84,11 +84,17 @@ class RowTile {
       to.exact[row] = !(low > 0 && d + kRoundingParts * slack <= rtol_ * low && z < kLargestNormalizer &&
                         norm(in_.query(g, begin + t), in_.dim) <= c.q_limit);
       to.normalizer[row] = static_cast<A>(z);
-      const A inverse = static_cast<A>(1 / z);
-      T* out = to.out + row * in_.value_dim;
-      for (int64_t v = 0; v < in_.value_dim; ++v)
-        out[v] = static_cast<T>(sums[v * stride_ + t] * inverse + side_.mean[v]);
+      sums[in_.value_dim * stride_ + t] = static_cast<A>(1 / z);
     }
+    for (int64_t v = 0; v < in_.value_dim; ++v) {
+      const Lanes<A> middle = fill(side_.mean[v]);
+      A* row = sums + v * stride_;
+      for (int64_t t = 0; t < stride_; t += kLanes<A>)
+        store(row + t, load(row + t, All{}) * load(sums + in_.value_dim * stride_ + t, All{}) + middle, All{});
+    }
+    T* out = to.out + (g * to.head_rows + begin) * in_.value_dim;
+    rows_of_tokens(sums, stride_, count, in_.value_dim,
+                   [&](int64_t t, int64_t v, auto x) LLMKERN_INLINE { store_at(out + t * in_.value_dim + v, x); });
   }
 
   const KeySide<T>& side_;

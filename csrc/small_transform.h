@@ -1,24 +1,12 @@
-// Transforms of few complex numbers, each of a register of real parts and one of imaginary parts, and the transpose of
-// as many registers as one has lanes.
+// Transforms of few complex numbers, each of a register of real parts and one of imaginary parts.
 #pragma once
 
 #include <numbers>
-#include <utility>
 
-#include "vec.h"
+#include "transpose.h"
 
 namespace llmkern {
 inline namespace CPU_CAPABILITY {
-
-// Arrays of registers stay in registers only where every index is a constant before loops are looked at: so loops over
-// them are no loops, and what they call is inlined first.
-#define LLMKERN_INLINE __attribute__((always_inline))
-
-template <int N, typename Body>
-LLMKERN_INLINE inline void unrolled(Body body) {
-  [&]<int... I>(std::integer_sequence<int, I...>)
-      LLMKERN_INLINE { (body(std::integral_constant<int, I>{}), ...); }(std::make_integer_sequence<int, N>{});
-}
 
 template <typename A>
 struct Complex {
@@ -99,26 +87,6 @@ LLMKERN_INLINE inline void small_transform(Complex<A> (&x)[R]) {
     x[1] = e1 + o1, x[5] = e1 - o1, x[2] = e2 + o2, x[6] = e2 - o2, x[3] = e3 + o3, x[7] = e3 - o3;
   } else {
     transform_odd<kSign>(x);
-  }
-}
-
-// x[i][lane] <-> x[lane][i].
-template <typename A, int kWidth = 1>
-LLMKERN_INLINE inline void transpose(Lanes<A> (&x)[kLanes<A>]) {
-  using Places = Lanes<std::conditional_t<sizeof(A) == 4, int32_t, int64_t>>;
-  if constexpr (kWidth < kLanes<A>) {
-    Places low, high;
-    for (int i = 0; i < kLanes<A>; ++i) {
-      low[i] = i & kWidth ? kLanes<A> + i - kWidth : i;
-      high[i] = i & kWidth ? kLanes<A> + i : i + kWidth;
-    }
-    unrolled<kLanes<A>>([&](auto i) LLMKERN_INLINE {
-      if constexpr (!(i & kWidth)) {
-        const Lanes<A> a = x[i], b = x[i | kWidth];
-        x[i] = __builtin_shuffle(a, b, low), x[i | kWidth] = __builtin_shuffle(a, b, high);
-      }
-    });
-    transpose<A, 2 * kWidth>(x);
   }
 }
 

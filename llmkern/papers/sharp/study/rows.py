@@ -170,7 +170,7 @@ def _original(seed: Seed, row: Row, key: str, show: Show) -> tuple[Any, dict[str
     ranks = shared_model(seed, row).sharing.ranks
     targets = {f"layers.{layer}.mlp.{name}": rank for layer, found in ranks.items() for name, rank in found.items()}
     model = _with_lora(seed, seed.model, targets)
-    return model, {"tuning": _tune(seed, model, key, show)}, 0
+    return model, {"tuning": _tune(seed, model, key, show, row.tune_steps)}, 0
 
 
 def _dropped(seed: Seed, row: Row, key: str, show: Show) -> tuple[Any, dict[str, Any], int]:

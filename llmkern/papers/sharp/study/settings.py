@@ -34,6 +34,7 @@ class Row:
 
 ORIGINAL, DIRECT = "original", "direct sharing"
 BOTH = "SLW + SFT"
+LONGER, ORIGINAL_LONGER = "13 % factors, longer SLW + SFT", "original, longer SFT of 13 % factors"
 ROWS = (
     Row(ORIGINAL, kind="original", tune=False),
     Row("original, SFT of as many factors", kind="original"),
@@ -46,7 +47,8 @@ ROWS = (
     Row("whitened SVD start, SLW + SFT", init="whitened"),
     # The share that the paper's ratios fit, and training to where it levels out.
     Row("13 % factors, SLW + SFT", ratio=0.134),
-    Row("13 % factors, longer SLW + SFT", ratio=0.134, warm_steps=1500, tune_steps=600),
+    Row(LONGER, ratio=0.134, warm_steps=1500, tune_steps=600),
+    Row(ORIGINAL_LONGER, kind="original", ratio=0.134, tune_steps=600),
     Row("2 later layers, direct", replace=2, warm=False, tune=False),
     Row("2 earlier layers, direct", replace=2, pattern="earlier", warm=False, tune=False),
     Row("2 later layers, SLW + SFT", replace=2),

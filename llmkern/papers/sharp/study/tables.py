@@ -12,7 +12,7 @@ from typing import Any
 
 from llmkern.papers.data_selection.files import atomic
 from llmkern.papers.data_selection.toy.tables import estimate
-from llmkern.papers.sharp.study.settings import BOTH, DIRECT, ORIGINAL
+from llmkern.papers.sharp.study.settings import BOTH, DIRECT, LONGER, ORIGINAL, ORIGINAL_LONGER
 
 OP = "reproduce sharp"
 # rows: {name: {seed: what make_row gave}}
@@ -94,12 +94,13 @@ def sentences(found: Found) -> list[str]:
     if DIRECT in rows:
         worse = mean_and_half(perplexities(found, DIRECT))[0] / plain
         said.append(f"Sharing alone multiplies it by {worse:.2f}.")
-    for name in ("SVD start", "SLW", "SFT", BOTH):
+    for name in ("SVD start", "SLW", "SFT", BOTH, LONGER):
         if name in rows and DIRECT in rows:
             share = mean_and_half(closed(found, name))[0]
             said.append(f"{name} closes {100 * share:.1f} % of that gap, to {text_of(perplexities(found, name))}.")
     compared = (
         (BOTH, "original, SFT of as many factors", "the original with the same fine-tuning"),
+        (LONGER, ORIGINAL_LONGER, "the original with the same longer fine-tuning"),
         (BOTH, "smaller model", "a smaller model of equal size and budget"),
         (BOTH, "dropped layers, SFT", "dropping layers at equal size"),
         (BOTH, "SFT", "fine-tuning without warmup"),
