@@ -8,6 +8,7 @@
 #pragma once
 
 #include "gemm.h"
+#include "mlp_lines.h"
 #include "mlp_problem.h"
 
 namespace llmkern {
@@ -107,17 +108,28 @@ class MlpDecode {
     return low;
   }
 
-  // x in bfloat16, in the order of such rows; nothing where they take it as it is.
+  // Whether sums of outputs are in the order of lines of the rows.
+  template <typename Row>
+  static constexpr bool kSumsByLine = std::is_same_v<A, float> && std::is_same_v<Row, Int4Row> && Line<Row>::kPaired;
+
+  // x in bfloat16, in the order of lines of such rows; nothing where they take it as it is.
   template <typename Row>
   std::vector<c10::BFloat16> paired_x(int64_t width) const {
     std::vector<c10::BFloat16> pairs;
-    if constexpr (kPaired<Row> && std::is_same_v<A, float>) {
+    if constexpr (Line<Row>::kPaired && std::is_same_v<A, float>) {
       if (!x_is_bf16_ || !multiplies_bf16()) return pairs;
-      pairs.resize(p_.tokens * width);
+      const int64_t row = padded_to_lines<Row>(width);
+      pairs.resize(p_.tokens * row);
+      // A number of bfloat16 is the upper half of its float.
+      const auto* const halves = reinterpret_cast<const c10::BFloat16*>(x_) + 1;
       for (int64_t n = 0; n < p_.tokens; ++n)
-        for (int64_t k = 0; k < width; k += kUnit)
-          for (int p = 0; p < kUnit; ++p)
-            pairs[n * width + k + p] = static_cast<c10::BFloat16>(x_[n * x_row_ + k + paired_entry<Row>(p)]);
+        for (int64_t k = 0; k < row; k += Line<Row>::kEntries)
+          for (int i = 0; i < Line<Row>::kPairs; ++i)
+            for (int place = 0; place < 32; ++place) {
+              const int64_t entry = k + Line<Row>::pair_entry(i, place);
+              if (k + Line<Row>::kEntries <= width || entry < width)
+                pairs[n * row + k + 32 * i + place] = halves[2 * (n * x_row_ + entry)];
+            }
     }
     return pairs;
   }
@@ -139,49 +151,93 @@ class MlpDecode {
       for (int64_t n = 0; n < p_.tokens; ++n) h[n * h_row + r] = pre[kGate][r * p_.tokens + n];
   }
 
+  // What a block of channels needs beside the rows: x as they take it, and room for their scales.
+  template <typename Row>
+  struct BlockScratch {
+    // With the next block to be fetched, and without.
+    RowShape fetching, plain;
+    const c10::BFloat16* pairs;
+    int64_t pairs_row;
+    A* scales;
+    c10::BFloat16* line_scales;
+    int64_t line_scale_row() const { return plain.length / kUnit + 4; }
+  };
+
   template <int N, typename Row>
-  void block_dots(const Row* rows, int count, const RowShape& shape, const std::vector<c10::BFloat16>& pairs, int64_t n,
-                  A* scales, A* out) const {
+  void block_dots(const Row* rows, int count, const BlockScratch<Row>& block, int64_t n, A* out) const {
     constexpr int R = kDotRows<N>;
     A sums[R * N];
+    const RowShape& shape = n == 0 ? block.fetching : block.plain;
     for (int r = 0; r < count; r += R) {
       // Rows beyond the last are the last again.
       Row some[R];
       for (int i = 0; i < R; ++i) some[i] = rows[std::min(r + i, count - 1)];
-      if constexpr (kPaired<Row> && std::is_same_v<A, float>) {
-        if (pairs.empty()) {
-          dot_units<R, N>(some, shape, x_ + n * x_row_, x_row_, scales, sums);
-        } else {
-          paired_dots<R, N>(some, shape, pairs.data() + n * shape.length, shape.length, scales, sums);
-        }
-      } else {
-        dot_units<R, N>(some, shape, x_ + n * x_row_, x_row_, scales, sums);
-      }
+      if (!line_dots_of<R, N>(some, block, shape, n, sums))
+        dot_units<R, N>(some, shape, x_ + n * x_row_, x_row_, block.scales, sums);
       for (int i = 0; i < R && r + i < count; ++i)
         for (int t = 0; t < N; ++t) out[(r + i) * p_.tokens + n + t] = sums[i * N + t];
+    }
+  }
+
+  template <int R, int N, typename Row>
+  bool line_dots_of(const Row* rows, const BlockScratch<Row>& block, const RowShape& shape, int64_t n, A* sums) const {
+    if constexpr (Line<Row>::kPaired && std::is_same_v<A, float>) {
+      if (!block.pairs) return false;
+      const int64_t scale_row = block.line_scale_row();
+      for (int i = 0; i < R; ++i) unit_scales(rows[i], shape, block.line_scales + i * scale_row);
+      line_dots<R, N>(rows, shape, block.pairs + n * block.pairs_row, block.pairs_row, block.line_scales, scale_row,
+                      sums);
+      return true;
+    }
+    return false;
+  }
+
+  // sums += h times rows of down
+  template <int R, typename Row>
+  void add_block(const Row* rows, const BlockScratch<Row>& block, const A* h, A* sums, int64_t sum_row) const {
+    const RowShape& shape = R == kBlockChannels ? block.fetching : block.plain;
+    if constexpr (kSumsByLine<Row>) {
+      const int64_t scale_row = block.line_scale_row();
+      for (int r = 0; r < R; ++r) unit_scales(rows[r], shape, block.line_scales + r * scale_row);
+      if (p_.tokens == 1) {
+        add_lines<R, true>(rows, shape, h, 1, block.line_scales, scale_row, sums, sum_row);
+      } else {
+        add_lines<R, false>(rows, shape, h, p_.tokens, block.line_scales, scale_row, sums, sum_row);
+      }
+    } else {
+      add_rows<R>(rows, shape, h, p_.tokens, block.scales, sums, sum_row);
     }
   }
 
   template <typename Out, typename RowOf>
   void stream(const PackedBase& base, Out* y, RowOf row_of) {
     using Row = decltype(row_of(0));
+    // Entries between which sums of outputs are in an order of their own.
+    constexpr int64_t kSpan = kSumsByLine<Row> ? Line<Row>::kEntries : kUnit;
     const int64_t n_tokens = p_.tokens, rank = p_.rank(kDown);
     const int64_t slice = std::max<int64_t>(
         64, ((p_.inner + kSlices - 1) / kSlices + kBlockChannels - 1) / kBlockChannels * kBlockChannels);
     const int64_t slices = (p_.inner + slice - 1) / slice;
-    const RowShape plain{base.width, Row::kScaled ? base.group : base.width};
     // While a block is read, the next one is fetched.
-    RowShape fetching = plain;
-    fetching.ahead = kBlockChannels * base.parts * base.width * base.bits / 8;
+    const RowShape plain{base.width, Row::kScaled ? base.group : base.width};
+    const int64_t block_rows = kBlockChannels * base.parts;
+    const RowShape fetching{plain.length, plain.group, block_rows * base.width * base.bits / 8,
+                            block_rows * plain.groups()};
     const std::vector<c10::BFloat16> pairs = paired_x<Row>(base.width);
-    // For each slice: the sum of outputs (tokens, width), scales of a block; then h (tokens, inner).
-    const int64_t sum_size = n_tokens * base.width, h_row = (p_.inner + 15) / 16 * 16;
-    const int64_t each = (sum_size + kBlockChannels * plain.groups() + 15) / 16 * 16;
+    const BlockScratch<Row> block{
+        fetching, plain,  pairs.empty() ? nullptr : pairs.data(), static_cast<int64_t>(pairs.size()) / n_tokens,
+        nullptr,  nullptr};
+    // For each slice: the sum of outputs (tokens, sum_row), scales of a block; then h (tokens, inner).
+    const int64_t sum_row = (base.width + kSpan - 1) / kSpan * kSpan, h_row = (p_.inner + 15) / 16 * 16;
+    const int64_t sum_size = n_tokens * sum_row, scale_size = kBlockChannels * block.line_scale_row();
+    const int64_t each = (sum_size + scale_size + 15) / 16 * 16;
     const at::Tensor buffer = at::empty({slices * each + n_tokens * h_row}, c10::CppTypeToScalarType<A>::value);
     A *const scratch = buffer.mutable_data_ptr<A>(), *const h = scratch + slices * each;
     at::parallel_for(0, slices, grain(slice * base.width * base.parts), [&](int64_t first, int64_t last) {
+      BlockScratch<Row> own = block;
       for (int64_t s = first; s < last; ++s) {
-        A *sums = scratch + s * each, *scales = sums + sum_size;
+        A* sums = scratch + s * each;
+        own.scales = sums + sum_size, own.line_scales = reinterpret_cast<c10::BFloat16*>(own.scales);
         std::fill(sums, sums + sum_size, A(0));
         const int64_t begin = s * slice, end = std::min(p_.inner, begin + slice);
         for (int64_t j = begin; j < end; j += kBlockChannels) {
@@ -194,38 +250,36 @@ class MlpDecode {
             const int64_t at = part - (p_.gated ? 0 : 1);
             for (int r = 0; r < count; ++r) rows[r] = row_of((j + r) * base.parts + at);
             int64_t n = 0;
-            for (; n + 4 <= n_tokens; n += 4)
-              block_dots<4>(rows, count, n == 0 ? fetching : plain, pairs, n, scales, pre[part]);
-            for (; n + 2 <= n_tokens; n += 2)
-              block_dots<2>(rows, count, n == 0 ? fetching : plain, pairs, n, scales, pre[part]);
-            if (n < n_tokens) block_dots<1>(rows, count, n == 0 ? fetching : plain, pairs, n, scales, pre[part]);
+            for (; n + 4 <= n_tokens; n += 4) block_dots<4>(rows, count, own, n, pre[part]);
+            for (; n + 2 <= n_tokens; n += 2) block_dots<2>(rows, count, own, n, pre[part]);
+            if (n < n_tokens) block_dots<1>(rows, count, own, n, pre[part]);
           }
           finish_block(j, count, pre, h + j, h_row);
           for (int r = 0; r < count; ++r) rows[r] = row_of((j + r) * base.parts + base.parts - 1);
           if (count == kBlockChannels) {
-            add_rows<kBlockChannels>(rows, fetching, pre[kGate], n_tokens, scales, sums, base.width);
+            add_block<kBlockChannels>(rows, own, pre[kGate], sums, sum_row);
           } else {
-            for (int r = 0; r < count; ++r)
-              add_rows<1>(rows + r, plain, pre[kGate] + r * n_tokens, n_tokens, scales, sums, base.width);
+            for (int r = 0; r < count; ++r) add_block<1>(rows + r, own, pre[kGate] + r * n_tokens, sums, sum_row);
           }
         }
       }
     });
     const std::vector<A> low = low_of(kDown, h, h_row);
-    // Outputs in pieces of a unit; sums of slices come together in the first of them.
-    at::parallel_for(
-        0, base.width / kUnit, grain(kUnit * (rank + slices) * n_tokens), [&](int64_t first, int64_t last) {
-          const int64_t begin = first * kUnit, end = last * kUnit, live = std::min(end, p_.hidden);
-          for (int64_t n = 0; n < n_tokens; ++n) {
-            A* total = scratch + n * base.width;
-            for (int64_t s = 1; s < slices; ++s)
-              for (int64_t i = begin; i < end; i += kLanes<A>)
-                store(total + i, load(total + i, All{}) + load(total + s * each + i, All{}), All{});
-            if (rank)
-              p_.b[kDown].dots(begin, live - begin, 0, rank, low.data() + n * rank, rank, 1, total + begin, 1, true);
-            for (int64_t i = begin; i < live; ++i) y[n * p_.hidden + i] = static_cast<Out>(total[i]);
-          }
-        });
+    // Outputs in pieces; sums of slices come together in the first of them.
+    at::parallel_for(0, sum_row / kSpan, grain(kSpan * (rank + slices) * n_tokens), [&](int64_t first, int64_t last) {
+      const int64_t begin = first * kSpan, end = last * kSpan, live = std::min(end, p_.hidden);
+      for (int64_t n = 0; n < n_tokens; ++n) {
+        A* total = scratch + n * sum_row;
+        for (int64_t s = 1; s < slices; ++s)
+          for (int64_t i = begin; i < end; i += kLanes<A>)
+            store(total + i, load(total + i, All{}) + load(total + s * each + i, All{}), All{});
+        if constexpr (kSumsByLine<Row>)
+          for (int64_t i = begin; i < end; i += kSpan) sums_in_order(total + i);
+        if (rank)
+          p_.b[kDown].dots(begin, live - begin, 0, rank, low.data() + n * rank, rank, 1, total + begin, 1, true);
+        for (int64_t i = begin; i < live; ++i) y[n * p_.hidden + i] = static_cast<Out>(total[i]);
+      }
+    });
   }
 
   const MlpProblem<A>& p_;

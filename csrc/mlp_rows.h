@@ -112,22 +112,35 @@ struct Int4Row {
 };
 
 // Rows of `length` entries in whole units, with a scale for each `group` of them where they have scales. What lies
-// `ahead` bytes behind an entry is fetched into the second-level cache when the entry is read; zero fetches nothing.
+// `ahead` bytes behind an entry, and `scales_ahead` scales behind a scale, is fetched into the second-level cache when
+// the entry is read; zero fetches nothing.
 struct RowShape {
-  int64_t length, group, ahead = 0;
+  int64_t length, group, ahead = 0, scales_ahead = 0;
   int64_t groups() const { return length / group; }
 };
+
+template <typename Row>
+[[gnu::always_inline]] inline void fetch_line(const Row& row, int64_t k, int64_t ahead) {
+  __builtin_prefetch(static_cast<const char*>(row.address(k)) + ahead, 0, 2);
+}
 
 // Always inlined: GCC takes a function that only fetches for one without effect, and drops the calls.
 template <typename Row>
 [[gnu::always_inline]] inline void fetch_ahead(const Row& row, int64_t k, int64_t ahead) {
   if (!ahead || k % Row::kLineEntries >= kUnit) return;
-  __builtin_prefetch(static_cast<const char*>(row.address(k)) + ahead, 0, 2);
+  fetch_line(row, k, ahead);
+}
+
+template <typename Row>
+[[gnu::always_inline]] inline void fetch_scales(const Row& row, const RowShape& shape) {
+  for (int64_t g = 0; g < shape.groups(); g += kLine / 2) __builtin_prefetch(row.scales + shape.scales_ahead + g, 0, 2);
 }
 
 // factor times the scales of a row, as numbers of the type of computation.
 template <typename Row, typename A>
-inline void scale_factors(const Row& row, int64_t groups, A factor, A* to) {
+inline void scale_factors(const Row& row, const RowShape& shape, A factor, A* to) {
+  const int64_t groups = shape.groups();
+  fetch_scales(row, shape);
   for_lanes<float>(0, groups, [&](int64_t g, auto lanes) {
     const Floats scale = load(row.scales + g, lanes);
     if constexpr (std::is_same_v<A, float>) {
@@ -159,7 +172,7 @@ inline void dot_units(const Row* rows, const RowShape& shape, const A* x, int64_
   Lanes<A> total[R][N] = {};
   const int64_t step = Row::kScaled ? shape.group : shape.length, groups = Row::kScaled ? shape.groups() : 1;
   if constexpr (Row::kScaled)
-    for (int r = 0; r < R; ++r) scale_factors(rows[r], groups, A(1), scales + r * groups);
+    for (int r = 0; r < R; ++r) scale_factors(rows[r], shape, A(1), scales + r * groups);
   for (int64_t begin = 0, g = 0; begin < shape.length; begin += step, ++g) {
     Lanes<A> acc[R][N][kChains] = {};
     for (int64_t k = begin; k < begin + step; k += kUnit) {
@@ -192,68 +205,6 @@ inline void dot_units(const Row* rows, const RowShape& shape, const A* x, int64_
   sum_lanes<R * N, A>(total[0], out);
 }
 
-#if defined(CPU_CAPABILITY_AVX512)
-// Rows whose dots with numbers in bfloat16 go two products at a time, where the processor can. A unit of them is in an
-// order of its own: at place p stands entry paired_entry<Row>(p).
-template <typename Row>
-constexpr bool kPaired = std::is_same_v<Row, PlainRow<c10::BFloat16>> || std::is_same_v<Row, Int4Row>;
-
-template <typename Row>
-constexpr int paired_entry(int p) {
-  return std::is_same_v<Row, Int4Row> ? 16 * (p % 2) + 4 * (p / 8) + p % 8 / 2 : p;
-}
-
-[[gnu::always_inline]] inline __m512i paired_unit(const PlainRow<c10::BFloat16>& row, int64_t k) {
-  return _mm512_loadu_si512(row.data + k);
-}
-
-// A nibble looks up its number, twice in the table because the next nibble's first bit is part of the index.
-[[gnu::always_inline]] inline __m512i paired_unit(const Int4Row& row, int64_t k) {
-  alignas(64) static constexpr uint16_t kNumbers[2][16] = {
-      {0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
-       0xc000, 0xbf80},
-      {0, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
-       0xc000, 0xbf80}};
-  const __m512i shift = _mm512_setr_epi64(0, 0, 0x0004000400040004, 0x0004000400040004, 0x0008000800080008,
-                                          0x0008000800080008, 0x000c000c000c000c, 0x000c000c000c000c);
-  const __m512i words = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row.data + k / 2)));
-  return _mm512_permutexvar_epi16(_mm512_srlv_epi16(words, shift), _mm512_load_si512(kNumbers));
-}
-
-// As dot_units, with x in the order of the rows.
-template <int R, int N, typename Row>
-[[gnu::target("avx512bf16")]] inline void paired_dots(const Row* rows, const RowShape& shape, const c10::BFloat16* x,
-                                                      int64_t x_row, float* scales, float* out) {
-  Floats total[R][N] = {};
-  const int64_t step = Row::kScaled ? shape.group : shape.length, groups = Row::kScaled ? shape.groups() : 1;
-  if constexpr (Row::kScaled)
-    for (int r = 0; r < R; ++r) scale_factors(rows[r], groups, 1.0f, scales + r * groups);
-  for (int64_t begin = 0, g = 0; begin < shape.length; begin += step, ++g) {
-    __m512 acc[R][N] = {};
-    for (int64_t k = begin; k < begin + step; k += kUnit) {
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        fetch_ahead(rows[r], k, shape.ahead);
-        const auto w = reinterpret_cast<__m512bh>(paired_unit(rows[r], k));
-#pragma GCC unroll 8
-        for (int n = 0; n < N; ++n)
-          acc[r][n] = _mm512_dpbf16_ps(acc[r][n], w, reinterpret_cast<__m512bh>(_mm512_loadu_si512(x + n * x_row + k)));
-      }
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const Floats scale = fill(Row::kScaled ? scales[r * groups + g] : 1.0f);
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) total[r][n] += scale * reinterpret<Floats>(acc[r][n]);
-    }
-  }
-  sum_lanes<R * N, float>(total[0], out);
-}
-#else
-template <typename Row>
-constexpr bool kPaired = false;
-#endif
-
 // Rows at a time of dots, by the number of tokens at a time.
 template <int N>
 constexpr int kDotRows = N == 1 ? 4 : 2;
@@ -267,10 +218,12 @@ inline void add_rows(const Row* rows, const RowShape& shape, const A* c, int64_t
   const int64_t step = Row::kScaled ? shape.group : shape.length, groups = Row::kScaled ? shape.groups() : 1;
   // Of a single token the factors join the scales.
   if constexpr (Row::kScaled)
-    for (int r = 0; r < R; ++r) scale_factors(rows[r], groups, tokens == 1 ? c[r] : A(1), scales + r * groups);
+    for (int r = 0; r < R; ++r) scale_factors(rows[r], shape, tokens == 1 ? c[r] : A(1), scales + r * groups);
   for (int64_t begin = 0, g = 0; begin < shape.length; begin += step, ++g) {
-    const A* const factors = Row::kScaled ? scales + g : c;
-    const int64_t factor_row = Row::kScaled ? groups : 1;
+    // Held here, where no store of sums can change them.
+    A factors[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) factors[r] = Row::kScaled ? scales[r * groups + g] : c[r];
     for (int64_t k = begin; k < begin + step; k += kUnit) {
       if (tokens == 1) {
         Lanes<A> sums[kRegisters], w[kRegisters];
@@ -281,7 +234,7 @@ inline void add_rows(const Row* rows, const RowShape& shape, const A* c, int64_t
           fetch_ahead(rows[r], k, shape.ahead);
           rows[r].template unit<A>(k, w);
 #pragma GCC unroll 16
-          for (int i = 0; i < kRegisters; ++i) sums[i] += factors[r * factor_row] * w[i];
+          for (int i = 0; i < kRegisters; ++i) sums[i] += factors[r] * w[i];
         }
 #pragma GCC unroll 16
         for (int i = 0; i < kRegisters; ++i) store(y + k + i * kLanes<A>, sums[i], All{});
@@ -294,7 +247,7 @@ inline void add_rows(const Row* rows, const RowShape& shape, const A* c, int64_t
         rows[r].template unit<A>(k, wide[r]);
         if constexpr (Row::kScaled) {
 #pragma GCC unroll 16
-          for (int i = 0; i < kRegisters; ++i) wide[r][i] *= factors[r * factor_row];
+          for (int i = 0; i < kRegisters; ++i) wide[r][i] *= factors[r];
         }
       }
       for (int64_t n = 0; n < tokens; ++n) {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases.shared_lora_mlp import lora_of, make, plain
+from cases.shared_lora_mlp import NAMES, Packed, lora_of, make, plain
 from oracle import assert_close, assert_no_worse_than_torch
 from torch import Tensor
 
@@ -215,6 +215,15 @@ def test_packing_errs_by_half_a_step(dtype: str, hidden: int, gated: bool, devic
         # Of int4 the side that lacks +8 is cut there: its entry is at most the largest, which is -8 up to the rounding
         # of the scale.
         assert bool((error <= step * (1.04 if dtype == "int4" else 0.5) * (1 + 1e-6)).all())
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize(("dtype", "group"), [("int8", 32), ("int8", 96), ("int4", 32), ("int4", 160), ("int4", 256)])
+def test_groups_of_any_size_meet_lines_of_memory(dtype: str, group: int, rows: int, device: str) -> None:
+    """H' of 288 to 512 entries, most of which end within a line; bfloat16 takes products two at a time."""
+    base = Packed(dtype, group)
+    tensors = base.make(rows, 280, torch.bfloat16, device)
+    assert_no_worse_than_torch(base.function, base.reference, tensors, (NAMES[0], *NAMES[4:]))
 
 
 def test_int4_uses_all_sixteen_values() -> None:
