@@ -237,12 +237,25 @@ def test_a_plan_for_other_data_costs_time_and_no_accuracy() -> None:
 @pytest.mark.parametrize("options", [{}, {"degree": 4, "contact": 4}, {"degree": 2}, {"degree": 3}], ids=str)
 @pytest.mark.parametrize(("n", "m"), [(150, 150), (70, 160), (160, 70), (1, 1), (5, 0), (0, 5)])
 def test_equals_the_matrix_in_double(is_causal: bool, options: dict[str, int], n: int, m: int) -> None:
+    assert_equals_the_matrix(is_causal, options, n, m, 5, 7)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_wide_heads_equal_the_matrix_in_double(is_causal: bool) -> None:
+    """Numbers of a token that fill registers, and some that do not."""
+    assert_equals_the_matrix(is_causal, {"degree": 2, "chunk": 32}, 70, 60, 19, 21)
+
+
+def assert_equals_the_matrix(
+    is_causal: bool, options: dict[str, int], n: int, m: int, dim: int, value_dim: int
+) -> None:
     tensors = [
-        normal(2, h, t, w, seed=w, scale=0.5, dtype=torch.float64) for h, t, w in ((4, n, 5), (2, m, 5), (2, m, 7))
+        normal(2, h, t, w, seed=w, scale=(1.25 / dim) ** 0.5, dtype=torch.float64)
+        for h, t, w in ((4, n, dim), (2, m, dim), (2, m, value_dim))
     ]
     for t in tensors:
         t.requires_grad_()
-    plan = frozen_plan(2, 4, 5, bound=4.0, is_causal=is_causal, **options)
+    plan = frozen_plan(2, 4, dim, bound=4.0, is_causal=is_causal, **options)
     mask = torch.rand(2, m) < 0.8
     results = []
     for out in (

@@ -46,7 +46,8 @@ def _run(arguments: argparse.Namespace) -> int:
         ) from None
     from rich.console import Console
 
-    console = Console(highlight=False)
+    # Numbers cut short would be wrong ones: a narrow terminal breaks the lines instead.
+    console = Console(highlight=False, width=max(Console().width, 100))
     with console.status("loading torch and transformers"):
         from llmkern.demo import base
         from llmkern.demo.cache import Cache

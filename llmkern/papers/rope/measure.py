@@ -186,8 +186,9 @@ def repeats_for(length: int) -> int:
 
 
 def time_llmkern(heads: Heads, rtol: float) -> Timing:
-    """``rope_attention`` as a user calls it, with the method left to the plan."""
-    plan = heads.plan(rtol)
+    """``rope_attention`` as a user calls it, with the method left to the plan, which counts the gradients in."""
+    q, k, v = (x.detach().requires_grad_() for x in (heads.q, heads.k, heads.v))
+    plan = Heads(q, k, v, heads.scale).plan(rtol)
     length = heads.q.shape[2]
     if plan.method == "exact" and length > 16384:
         # Then it takes what torch takes, which is measured anyway.

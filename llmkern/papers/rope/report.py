@@ -58,7 +58,7 @@ def print_tables(console: Console, results: Results) -> None:
         else:
             shown += ["exact", "", "", "", ""]
         table.add_row(*shown)
-    console.print(table)
+    console.print(table, soft_wrap=True)
     console.print(
         "Seconds of torch, one head, forward and backward; times as fast is llmkern, planning included, of degree g"
     )
@@ -75,7 +75,7 @@ def print_tables(console: Console, results: Results) -> None:
             how = f"g={timing['degree']}" if timing["method"] == "polynomial" else "exact"
             cells.append(how if ratio is None else f"{ratio:.1f}x {how}")
         table.add_row(*cells)
-    console.print(table)
+    console.print(table, soft_wrap=True)
 
 
 def findings(results: Results) -> list[str]:
