@@ -223,6 +223,20 @@ def test_a_sum_that_overflows_fails_its_certificate(is_causal: bool) -> None:
     assert_certified(out, 2 * q, k, v, plan, is_causal)
 
 
+@pytest.mark.kernel
+def test_an_infinite_query_spoils_no_key_that_it_does_not_see() -> None:
+    q, k, v = (normal(1, 1, 30, 3, seed=i, scale=0.5, dtype=torch.float64) for i in range(3))
+    plan = frozen_plan(1, 1, 3, bound=6.0, is_causal=True)
+    grads = []
+    for value in (0.1, torch.inf):
+        q[:, :, 10] = value
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        out = rope_attention(*leaves, scale=1.0, is_causal=True, plan=plan)
+        grads.append(torch.autograd.grad(out, leaves[1:], torch.ones_like(out)))
+    for finite, spoilt in zip(*grads):
+        assert torch.equal(finite[:, :, 11:], spoilt[:, :, 11:])
+
+
 def test_a_plan_for_other_data_costs_time_and_no_accuracy() -> None:
     small = [normal(1, 1, 300, 4, seed=i, scale=0.3) for i in range(3)]
     plan = plan_attention(*small, method="polynomial", rtol=1e-3)
