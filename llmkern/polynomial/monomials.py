@@ -70,20 +70,28 @@ class Monomials:
 
     def rows(self, x: Tensor) -> Tensor:
         """The same with tokens last, (.., d, n) -> (.., R, n): one row a monomial."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return self._rows_with_gradient(x)
+        made = x.new_empty(*x.shape[:-2], self.count, x.shape[-1])
+        made[..., 0, :] = 1
+        if len(self.levels) > 1:
+            made[..., 1 : self.levels[1], :] = x
+        for begin, end in zip(self.levels[1:-1], self.levels[2:]):
+            parent, dim = self.panel_parent[begin:end], self.panel_dim[begin:end]
+            made[..., begin:end, :] = made[..., parent, :] * x[..., dim, :]
+        for b in self.blocks[1:]:
+            of_panel = made[..., b.start : b.start + b.count, :]
+            torch.mul(of_panel, x[..., b.dim : b.dim + 1, :], out=made[..., b.row : b.row + b.count, :])
+        return made
+
+    def _rows_with_gradient(self, x: Tensor) -> Tensor:
         panel = torch.ones_like(x[..., :1, :])
         for begin, end in zip(self.levels[:-1], self.levels[1:]):
             parent, dim = self.panel_parent[begin:end], self.panel_dim[begin:end]
             level = x if begin == 1 else panel[..., parent, :] * x[..., dim, :]
             panel = torch.cat([panel, level], -2)
-        products = [b for b in self.blocks if b.dim >= 0]
-        pairs = [(panel[..., b.start : b.start + b.count, :], x[..., b.dim : b.dim + 1, :]) for b in products]
-        if torch.is_grad_enabled() and x.requires_grad:
-            return torch.cat([panel, *(feature * factor for feature, factor in pairs)], -2)
-        made = x.new_empty(*x.shape[:-2], self.count, x.shape[-1])
-        made[..., : self.panel, :] = panel
-        for b, (feature, factor) in zip(products, pairs):
-            torch.mul(feature, factor, out=made[..., b.row : b.row + b.count, :])
-        return made
+        products = [panel[..., b.start : b.start + b.count, :] * x[..., b.dim : b.dim + 1, :] for b in self.blocks[1:]]
+        return torch.cat([panel, *products], -2)
 
     def coefficients(self, polynomial: Tensor) -> Tensor:
         """(.., g + 1) coefficients of p -> (.., R) those of the monomials in p(x.y)."""

@@ -68,12 +68,11 @@ class BlockProduct:
             self._pull_symbols(queries, keys, symbols) if want_symbols else None,
         )
 
-    def errors(self, x: Tensor, y: Tensor, weights: Tensor, symbols: Tensor, interpolation: Tensor | None) -> Tensor:
+    def errors(self, x: Tensor, y: Tensor, weights: Tensor, symbols: Tensor, interpolation: Tensor) -> Tensor:
         """(tokens, 2): what interpolation and rounding add to sums of monomials of these weights, at most.
 
         ``interpolation`` (1 or R, 2 count - 1): errors of the symbols by difference of blocks.
         """
-        assert interpolation is not None
         size, count = self.layout.size, self.layout.count
         terms = size + count * self.nodes + len(x)
         unit = ROUNDING * terms**0.5 * torch.finfo(x.dtype).eps / 2 * float(self.basis.abs().sum(1).amax()) ** 2

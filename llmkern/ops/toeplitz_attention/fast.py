@@ -73,8 +73,11 @@ class Problem:
         fit = route.fit
         self.tables = monomials(q.shape[3] if support is None else len(support), fit.degree)
         self.coefficients = self.tables.coefficients(q.new_tensor(fit.coefficients))
-        orders = [fit.error if order == fit.contact else 0.0 for order in range(fit.degree + 1)]
-        self.moments = self.tables.coefficients(q.new_tensor(orders))
+        moments = q.new_tensor([fit.error if order == fit.contact else 0.0 for order in range(fit.degree + 1)])
+        self.moments = self.tables.coefficients(moments)
+        self.degrees = torch.from_numpy(self.tables.degrees).to(q.device)
+        # Of the sums of N and of the moment, by order.
+        self.orders = q.new_tensor(fit.coefficients).abs() + moments
         self.product: BlockProduct | FourierProduct
         self.near: Near | None = None
         if route.layout is None:
@@ -87,7 +90,8 @@ class Problem:
         return [(b, h) for b in range(self.q.shape[0]) for h in range(self.q.shape[1])]
 
     def variables(self, b: int, h: int) -> tuple[Tensor, Tensor]:
-        x, y = self.route.scale * self.q[b, h].mT, self.k[b, h // self.group].mT
+        x, y = (t.mT.contiguous() for t in (self.q[b, h], self.k[b, h // self.group]))
+        x = self.route.scale * x
         return (x, y) if self.support is None else (x[self.support[:, 0]], y[self.support[:, 1]])
 
     def columns(self, b: int, h: int) -> Tensor:
@@ -106,18 +110,24 @@ class Problem:
         else:
             out, lse = self.near.forward()
         bound = self.v.new_zeros(shape)
-        weights = self.coefficients.abs() + self.moments.abs()
+        weights = self.tables.coefficients(self.orders)
         for b, h in self.heads():
-            x, y = (self.tables.rows(t) for t in self.variables(b, h))
+            variables = self.variables(b, h)
+            x, y = (self.tables.rows(t) for t in variables)
             symbols, top = symbols_of(self.relative[h], self.tables, self.support, self.unseen)
             sums = self.product.forward(x, y, self.columns(b, h), symbols, self.coefficients, self.moments)
-            errors = self.product.errors(x, y, weights, symbols, None if interpolation is None else interpolation[h])
+            if isinstance(self.product, BlockProduct):
+                assert interpolation is not None
+                errors = self.product.errors(x, y, weights, symbols, interpolation[h]).T
+            else:
+                errors = torch.zeros_like(sums[:, :2].T)
+                errors[1] = self.product.errors(*variables, self.orders, symbols, self.degrees)
             far, z, moment = sums[:, :-2], sums[:, -2], sums[:, -1]
             # Where no key is far, the top of the far ones is not to drown what is near.
             highest = torch.where(z == 0, lse[b, h], torch.maximum(lse[b, h], top))
             highest = torch.where(highest == -torch.inf, 0.0, highest)
             near_share, far_share = (lse[b, h] - highest).exp(), (top - highest).exp()
-            d, slack = far_share * (moment + errors[:, 0]), far_share * errors[:, 1]
+            d, slack = far_share * (moment + errors[0]), far_share * errors[1]
             total = near_share + far_share * z
             # Rounding errs in the sum of values and in the normaliser.
             low = total - d - 2 * slack
@@ -127,7 +137,9 @@ class Problem:
             unknown = (score_bound[b, h] > self.route.fit.bound) & (d + slack > 0) | (total == 0)
             bound[b, h] = row.masked_fill(unknown, torch.inf)
             known = bound[b, h].isfinite()
-            merged = (near_share[:, None] * out[b, h] + far_share[:, None] * far) / total[:, None]
+            merged = (far_share / total)[:, None] * far
+            if self.near is not None:
+                merged += (near_share / total)[:, None] * out[b, h]
             out[b, h] = torch.where(known[:, None], merged, 0.0)
             lse[b, h] = torch.where(known, highest + total.log(), torch.inf)
         return out, lse, bound

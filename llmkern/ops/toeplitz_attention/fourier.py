@@ -64,12 +64,24 @@ class FourierProduct:
         dx, dy, dcolumns, dsymbols = torch.ops.llmkern.toeplitz_fourier_bwd(grad, *inputs, want_symbols)
         return Gradients(dx, dy, dcolumns, dsymbols if want_symbols else None)
 
-    def errors(self, x: Tensor, y: Tensor, weights: Tensor, symbols: Tensor, _: Tensor | None) -> Tensor:
-        """(rows, 2): zero, and what the rounding of transforms adds to sums of monomials of these weights."""
+    def errors(self, x: Tensor, y: Tensor, orders: Tensor, symbols: Tensor, degrees: Tensor) -> Tensor:
+        """(rows,): what the rounding of transforms adds to sums of monomials, at most; x and y (d, tokens) variables.
+
+        Rounding is |y^alpha| |symbol_alpha| in the norms of sequences, and by Cauchy and Schwarz, with sum_alpha m! /
+        alpha! x^2alpha = |x|^2m, sum_alpha m! / alpha! |x_i^alpha| |y^alpha| <= |x_i|^m (sum_j |y_j|^2m)^1/2.
+        """
         unit = TRANSFORMS * math.log2(2 * self.length) * torch.finfo(x.dtype).eps
-        norms = torch.linalg.vector_norm(y, dim=1) * torch.linalg.vector_norm(symbols, dim=1)
-        slack = x.abs().mT @ (unit * weights * norms)
-        return torch.stack([torch.zeros_like(slack), slack], 1)
+        norms = torch.linalg.vector_norm(symbols, dim=1)
+        of_queries, of_keys = torch.linalg.vector_norm(x, dim=0), torch.linalg.vector_norm(y, dim=0)
+        slack, power = torch.zeros_like(of_queries), torch.ones_like(of_keys)
+        weights = []
+        for order, weight in enumerate(orders):
+            symbol = norms[0] if len(norms) == 1 else norms[degrees == order].amax()
+            weights.append(unit * weight * symbol * torch.linalg.vector_norm(power))
+            power = power * of_keys
+        for weight in reversed(weights):
+            slack = slack * of_queries + weight
+        return slack
 
 
 # The products by torch.fft --------------------------------------------------------------------------------------------
