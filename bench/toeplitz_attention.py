@@ -178,7 +178,13 @@ def agree_at_degree_two(results: dict[str, Any], arguments: tuple[Tensor, ...]) 
 
 
 def rough_case(tokens: int, dim: int) -> Case:
-    """FFT of degree 2, as such: its floor is that of moving each transform, there and back, through memory once."""
+    """FFT of degree 2, as such.
+
+    The floor counts 16 bytes for each of R (d + 1) sequences of the transform's length: read and written on the way
+    there, read and written on the way back, each once, as transforms that do not fit into a cache must at least.
+    Planning, q, k, v, the output, the symbol and the monomials are not counted. It is no bound for transforms that
+    stay in a cache.
+    """
     ours = functools.partial(fast, is_causal=True, rough=True)
     transformed = math.comb(dim + 2, 2) * (dim + 1) * fast_length(2 * tokens - 1)
     return Case(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -17,6 +18,7 @@ from llmkern import RelativeBias, RelativeMatrix, Rotary, plan_toeplitz_attentio
 from llmkern.ops.toeplitz_attention import plan as planning
 from llmkern.ops.toeplitz_attention.blocks import BlockProduct
 from llmkern.ops.toeplitz_attention.fourier import (
+    TRANSFORMS,
     FourierProduct,
     fast_length,
     fourier_backward_reference,
@@ -24,6 +26,7 @@ from llmkern.ops.toeplitz_attention.fourier import (
 )
 from llmkern.ops.toeplitz_attention.layout import Layout, extended, interpolation_errors, nodes_of
 from llmkern.ops.toeplitz_attention.reference import relative_scores
+from llmkern.polynomial import monomials
 
 SUPPORT = torch.tensor([[0, 0], [1, 1], [0, 1]])
 METHODS = ("blocks", "fft")
@@ -303,6 +306,25 @@ def test_transforms_are_those_of_torch(length: int, is_own: bool) -> None:
         assert torch.equal(torch.ops.llmkern.toeplitz_fourier_fwd(*inputs), ours[0])
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("is_own", [False, True])
+def test_rounding_of_transforms_is_bounded_by_norms(is_own: bool) -> None:
+    """Not below the sum over monomials that it stands for; tokens of one direction meet it, if symbols are alike."""
+    n, tables = 50, monomials(3, 4)
+    degrees = torch.from_numpy(tables.degrees)
+    x, y, orders = normal(3, n, seed=1).double(), normal(3, n, seed=2).double(), normal(5, seed=3).double().abs()
+    symbols = normal(tables.count if is_own else 1, 2 * n - 1, seed=4).double()
+    product = FourierProduct(n, n)
+    unit = TRANSFORMS * math.log2(2 * product.length) * torch.finfo(torch.float64).eps
+
+    def of_monomials(x: Tensor, y: Tensor) -> Tensor:
+        norms = torch.linalg.vector_norm(tables.rows(y), dim=1) * torch.linalg.vector_norm(symbols, dim=1)
+        return unit * (tables.rows(x).abs().mT @ (tables.coefficients(orders) * norms))
+
+    assert (product.errors(x, y, orders, symbols, degrees) > of_monomials(x, y)).all()
+    x[1:], y[1:], symbols = 0, 0, symbols[:1].expand_as(symbols)
+    torch.testing.assert_close(product.errors(x, y, orders, symbols, degrees), of_monomials(x, y))
 
 
 @pytest.mark.parametrize("method", METHODS)

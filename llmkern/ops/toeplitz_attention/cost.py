@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -42,10 +42,10 @@ class Terms:
     row_pair: float = 0
 
     def __add__(self, other: Terms) -> Terms:
-        return Terms(*(a + b for a, b in zip(astuple(self), astuple(other))))
+        return Terms(*(a + b for a, b in zip(vars(self).values(), vars(other).values())))
 
     def seconds(self, rates: Terms) -> float:
-        return sum(a * b for a, b in zip(astuple(self), astuple(rates))) / torch.get_num_threads()
+        return sum(a * b for a, b in zip(vars(self).values(), vars(rates).values())) / torch.get_num_threads()
 
 
 # Of two cores of a Zen 5, held to the instruction set. Not measured yet are plain builds, taken to have the ratios of

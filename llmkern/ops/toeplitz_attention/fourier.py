@@ -72,7 +72,7 @@ class FourierProduct:
         """
         unit = TRANSFORMS * math.log2(2 * self.length) * torch.finfo(x.dtype).eps
         norms = torch.linalg.vector_norm(symbols, dim=1)
-        of_queries, of_keys = torch.linalg.vector_norm(x, dim=0), torch.linalg.vector_norm(y, dim=0)
+        of_queries, of_keys = (t.square().sum(0).sqrt() for t in (x, y))
         slack, power = torch.zeros_like(of_queries), torch.ones_like(of_keys)
         weights = []
         for order, weight in enumerate(orders):

@@ -117,13 +117,15 @@ def make_plan(op: str, args: Arguments, rtol: float, method: str) -> ToeplitzPla
     if method == "exact":
         return ToeplitzPlan("exact", rtol, "asked for", {"exact": exact})
     if method == "auto":
-        variables = work.places or work.dim
-        least = math.comb(variables + 2, 2)
-        cheapest = min(blocks_seconds(work, _layout(work), least, USUAL_NODES), fft_seconds(work, least))
-        if exact < SHORT_SECONDS or GAIN * cheapest >= exact:
+        least = math.comb((work.places or work.dim) + 2, 2)
+        if exact < SHORT_SECONDS or GAIN * _cheapest(work, least) >= exact:
             reason = f"{work.rows} by {work.keys} tokens are too few for the {least} features of degree 2 to pay"
             return ToeplitzPlan("exact", rtol, reason, {"exact": exact})
     return _Planner(op, args, rtol, method, work, exact).plan()
+
+
+def _cheapest(work: Work, features: int) -> float:
+    return min(blocks_seconds(work, _layout(work), features, USUAL_NODES), fft_seconds(work, features))
 
 
 def _layout(work: Work) -> Layout:
