@@ -2,7 +2,7 @@
 // channels the rows of gate and up give h, and h times the rows of down goes to a sum of outputs. Channels are cut into
 // slices, whatever the number of threads, each with a sum of its own that the last step adds in order:
 //
-//   t = A_gate x, A_up x  |  for each slice: h, sum of outputs  |  t_down = A_down h  |  y = sums + B_down t_down
+//   t = A_gate x, A_up x  |  for each slice: h, sum of outputs, sum of A_down h  |  y = sums + B_down t_down
 //
 // Plain weights have rows of down over channels, so h comes whole before them.
 #pragma once
@@ -26,7 +26,7 @@ class MlpDecode {
   // x_is_bf16: all numbers of x are such of bfloat16.
   MlpDecode(const MlpProblem<A>& p, const A* x, int64_t x_row, bool x_is_bf16)
       : p_(p), x_(x), x_row_(x_row), x_is_bf16_(x_is_bf16) {
-    for (int part : {kGate, kUp}) low_[part] = low_of(part, x, x_row);
+    low_of({kGate, kUp}, x, x_row);
   }
 
   template <typename T, typename Out>
@@ -49,7 +49,7 @@ class MlpDecode {
         finish_block(j, count, pre, h + j, h_row);
       }
     });
-    const std::vector<A> low = low_of(kDown, h, h_row);
+    low_of({kDown}, h, h_row);
     const int64_t outputs = (p_.hidden + kBlockChannels - 1) / kBlockChannels;
     at::parallel_for(0, outputs, grain(kBlockChannels * p_.inner), [&](int64_t first, int64_t last) {
       for (int64_t block = first; block < last; ++block) {
@@ -57,7 +57,8 @@ class MlpDecode {
         A out[kBlockChannels * kDecodeTokens];
         rows[kDown].dots(i, count, 0, p_.inner, h, h_row, p_.tokens, out, p_.tokens, false);
         if (p_.b[kDown])
-          p_.b[kDown].dots(i, count, 0, p_.rank(kDown), low.data(), p_.rank(kDown), p_.tokens, out, p_.tokens, true);
+          p_.b[kDown].dots(i, count, 0, p_.rank(kDown), low_[kDown].data(), p_.rank(kDown), p_.tokens, out, p_.tokens,
+                           true);
         for (int64_t n = 0; n < p_.tokens; ++n)
           for (int64_t r = 0; r < count; ++r) y[n * p_.hidden + i + r] = static_cast<Out>(out[r * p_.tokens + n]);
       }
@@ -87,25 +88,44 @@ class MlpDecode {
  private:
   static int64_t grain(int64_t weights) { return std::max<int64_t>(1, kWeightsPerTask / weights); }
 
-  template <typename Body>
-  static void rows_in_parallel(int64_t rows, int64_t width, Body body) {
-    // Rows go in fours, so that a row meets the same partners whatever the number of threads.
-    at::parallel_for(0, (rows + 3) / 4, grain(4 * width),
-                     [&](int64_t first, int64_t last) { body(4 * first, std::min(rows, 4 * last) - 4 * first); });
+  // low_[part] = s A x for the parts. Rows of A go in fours, so that one meets the same partners whatever the number of
+  // threads.
+  void low_of(std::initializer_list<int> parts, const A* x, int64_t x_row) {
+    struct Four {
+      int part;
+      int64_t row;
+    };
+    std::vector<Four> fours;
+    for (int part : parts) {
+      low_[part].resize(p_.rank(part) * p_.tokens);
+      for (int64_t r = 0; r < p_.rank(part); r += 4) fours.push_back({part, r});
+    }
+    if (fours.empty()) return;
+    at::parallel_for(0, static_cast<int64_t>(fours.size()), grain(4 * p_.a[fours[0].part].width),
+                     [&](int64_t first, int64_t last) {
+                       for (int64_t i = first; i < last; ++i) {
+                         const auto [part, row] = fours[i];
+                         const int64_t rank = p_.rank(part), count = std::min<int64_t>(4, rank - row);
+                         if (i + 1 < last) p_.a[fours[i + 1].part].fetch(fours[i + 1].row, 4);
+                         A found[4 * kDecodeTokens];
+                         p_.a[part].dots(row, count, 0, p_.a[part].width, x, x_row, p_.tokens, found, p_.tokens, false);
+                         for (int64_t r = 0; r < count; ++r)
+                           for (int64_t n = 0; n < p_.tokens; ++n)
+                             low_[part][n * rank + row + r] = p_.scaling[part] * found[r * p_.tokens + n];
+                       }
+                     });
   }
 
-  // s A x, (tokens, rank)
-  std::vector<A> low_of(int part, const A* x, int64_t x_row) const {
-    const int64_t rank = p_.rank(part);
-    std::vector<A> found(rank * p_.tokens), low(rank * p_.tokens);
-    if (!rank) return low;
-    rows_in_parallel(rank, p_.a[part].width, [&](int64_t first, int64_t count) {
-      p_.a[part].dots(first, count, 0, p_.a[part].width, x, x_row, p_.tokens, found.data() + first * p_.tokens,
-                      p_.tokens, false);
-    });
+  // low_[kDown] from those of slices, (slice, rank, token), `each` numbers apart.
+  void low_of_slices(const A* parts, int64_t each, int64_t slices) {
+    const int64_t rank = p_.rank(kDown);
+    low_[kDown].resize(rank * p_.tokens);
     for (int64_t r = 0; r < rank; ++r)
-      for (int64_t n = 0; n < p_.tokens; ++n) low[n * rank + r] = p_.scaling[part] * found[r * p_.tokens + n];
-    return low;
+      for (int64_t n = 0; n < p_.tokens; ++n) {
+        A total = 0;
+        for (int64_t s = 0; s < slices; ++s) total += parts[s * each + r * p_.tokens + n];
+        low_[kDown][n * rank + r] = p_.scaling[kDown] * total;
+      }
   }
 
   // Whether sums of outputs are in the order of lines of the rows.
@@ -227,25 +247,28 @@ class MlpDecode {
     const BlockScratch<Row> block{
         fetching, plain,  pairs.empty() ? nullptr : pairs.data(), static_cast<int64_t>(pairs.size()) / n_tokens,
         nullptr,  nullptr};
-    // For each slice: the sum of outputs (tokens, sum_row), scales of a block; then h (tokens, inner).
+    // For each slice: the sum of outputs (tokens, sum_row), A_down h (rank, tokens), scales of a block; then h (tokens,
+    // inner).
     const int64_t sum_row = (base.width + kSpan - 1) / kSpan * kSpan, h_row = (p_.inner + 15) / 16 * 16;
     const int64_t sum_size = n_tokens * sum_row, scale_size = kBlockChannels * block.line_scale_row();
-    const int64_t each = (sum_size + scale_size + 15) / 16 * 16;
+    const int64_t low_size = rank * n_tokens, each = (sum_size + low_size + scale_size + 15) / 16 * 16;
     const at::Tensor buffer = at::empty({slices * each + n_tokens * h_row}, c10::CppTypeToScalarType<A>::value);
     A *const scratch = buffer.mutable_data_ptr<A>(), *const h = scratch + slices * each;
     at::parallel_for(0, slices, grain(slice * base.width * base.parts), [&](int64_t first, int64_t last) {
       BlockScratch<Row> own = block;
       for (int64_t s = first; s < last; ++s) {
         A* sums = scratch + s * each;
-        own.scales = sums + sum_size, own.line_scales = reinterpret_cast<c10::BFloat16*>(own.scales);
+        own.scales = sums + sum_size + low_size, own.line_scales = reinterpret_cast<c10::BFloat16*>(own.scales);
         std::fill(sums, sums + sum_size, A(0));
         const int64_t begin = s * slice, end = std::min(p_.inner, begin + slice);
+        const int64_t low_rows = (rank * kBlockChannels + slice - 1) / slice;
         for (int64_t j = begin; j < end; j += kBlockChannels) {
           const int count = static_cast<int>(std::min<int64_t>(kBlockChannels, end - j));
           A pre[2][kBlockChannels * kDecodeTokens];
           Row rows[kBlockChannels];
           // Rows of B are too few for a block to be noticed as a stream.
           for (int part : {kGate, kUp}) p_.b[part].fetch(j + kBlockChannels, kBlockChannels);
+          p_.a[kDown].fetch((j - begin) / kBlockChannels * low_rows, low_rows, begin, end - begin);
           for (int part = p_.gated ? kGate : kUp; part <= kUp; ++part) {
             const int64_t at = part - (p_.gated ? 0 : 1);
             for (int r = 0; r < count; ++r) rows[r] = row_of((j + r) * base.parts + at);
@@ -262,9 +285,11 @@ class MlpDecode {
             for (int r = 0; r < count; ++r) add_block<1>(rows + r, own, pre[kGate] + r * n_tokens, sums, sum_row);
           }
         }
+        if (rank)
+          p_.a[kDown].dots(0, rank, begin, end - begin, h + begin, h_row, n_tokens, sums + sum_size, n_tokens, false);
       }
     });
-    const std::vector<A> low = low_of(kDown, h, h_row);
+    low_of_slices(scratch + sum_size, each, slices);
     // Outputs in pieces; sums of slices come together in the first of them.
     at::parallel_for(0, sum_row / kSpan, grain(kSpan * (rank + slices) * n_tokens), [&](int64_t first, int64_t last) {
       const int64_t begin = first * kSpan, end = last * kSpan, live = std::min(end, p_.hidden);
@@ -276,7 +301,8 @@ class MlpDecode {
         if constexpr (kSumsByLine<Row>)
           for (int64_t i = begin; i < end; i += kSpan) sums_in_order(total + i);
         if (rank)
-          p_.b[kDown].dots(begin, live - begin, 0, rank, low.data() + n * rank, rank, 1, total + begin, 1, true);
+          p_.b[kDown].dots(begin, live - begin, 0, rank, low_[kDown].data() + n * rank, rank, 1, total + begin, 1,
+                           true);
         for (int64_t i = begin; i < live; ++i) y[n * p_.hidden + i] = static_cast<Out>(total[i]);
       }
     });
@@ -286,8 +312,8 @@ class MlpDecode {
   const A* x_;
   int64_t x_row_;
   bool x_is_bf16_;
-  // s A x, (tokens, rank)
-  std::vector<A> low_[2];
+  // s A x of each part, for down s A h: (tokens, rank)
+  std::vector<A> low_[3];
 };
 
 }  // namespace CPU_CAPABILITY

@@ -292,12 +292,14 @@ struct PlainMatrix {
 
   explicit operator bool() const { return data != nullptr; }
 
-  // Fetches rows [first, first + count) into the second-level cache, as far as there are such.
-  [[gnu::always_inline]] void fetch(int64_t first, int64_t count) const {
+  // Fetches rows [first, first + count) into the second-level cache, as far as there are such, or `length` entries of
+  // each from k0 on.
+  [[gnu::always_inline]] void fetch(int64_t first, int64_t count) const { fetch(first, count, 0, width); }
+  [[gnu::always_inline]] void fetch(int64_t first, int64_t count, int64_t k0, int64_t length) const {
     const int64_t bytes = static_cast<int64_t>(c10::elementSize(type));
     for (int64_t r = first; r < std::min(rows, first + count); ++r)
-      for (int64_t at = 0; at < width * bytes; at += kLine)
-        __builtin_prefetch(static_cast<const char*>(data) + r * stride * bytes + at, 0, 2);
+      for (int64_t at = 0; at < length * bytes; at += kLine)
+        __builtin_prefetch(static_cast<const char*>(data) + (r * stride + k0) * bytes + at, 0, 2);
   }
 
   // Rows [first, first + count) and entries [k0, k0 + length) of them; out[(r - first) * out_row + n].
