@@ -48,8 +48,8 @@ class Terms:
         return sum(a * b for a, b in zip(vars(self).values(), vars(rates).values())) / torch.get_num_threads()
 
 
-# Of two cores of a Zen 5, held to the instruction set. Not measured yet are plain builds, taken to have the ratios of
-# AVX2, and GPUs, taken to have those of AVX-512.
+# Of two cores of a Zen 5, held to the instruction set (torch to AVX2 beside the plain build). Not measured yet are
+# GPUs, taken to have the ratios of AVX-512.
 RATES = {
     "avx512": Terms(
         pair=2.3e-10,
@@ -73,8 +73,18 @@ RATES = {
         transformed=1.2e-10,
         row_pair=6.1e-09,
     ),
+    "generic": Terms(
+        pair=1.3e-09,
+        number=4.1e-11,
+        place=1.1e-10,
+        monomial=1.5e-08,
+        product=6.3e-13,
+        node=8e-11,
+        compared=1.1e-09,
+        transformed=1.6e-10,
+        row_pair=6.2e-09,
+    ),
 }
-RATES["generic"] = RATES["avx2"]
 
 
 def rates(device: str) -> Terms:
