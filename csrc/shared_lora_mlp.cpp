@@ -61,18 +61,27 @@ struct Inputs {
   int64_t inner() const { return packed ? base[0].size(0) : base[1].size(0); }
   bool masked() const { return mask_data[0] || mask_data[1] || mask_data[2]; }
 
-  // Whether all operands are plain matrices in bfloat16 that the processor multiplies as such. That rounds what enters
-  // the activation, which could flip the slope of relu.
+  // Whether all operands are matrices in bfloat16, plain or packed, that the processor multiplies as such. That rounds
+  // what enters the activation, which could flip the slope of relu.
   bool by_matmul() const {
     const auto fits = [](const at::Tensor& t) { return !t.defined() || t.scalar_type() == at::kBFloat16; };
-    return multiplies_bf16() && !packed && activation != Activation::kRelu && fits(x) &&
+    return multiplies_bf16() && activation != Activation::kRelu && fits(x) && fits(base[packed ? 0 : kUp]) &&
            std::all_of(pairs, pairs + 6, fits);
+  }
+
+  // gate and up (I, H) or down (H, I), as a view of packed weights in bfloat16.
+  at::Tensor packed_part(int part) const {
+    const int64_t index = part - kDown + base[0].size(1) - 1;
+    if (index < 0) return {};
+    const at::Tensor rows = base[0].select(1, index).narrow(1, 0, x.size(1));
+    return part == kDown ? rows.t() : rows;
   }
 
   MlpTensors tensors() const {
     MlpTensors t{{}, {}, {}, {}, {}, activation};
     for (int part = 0; part < 3; ++part) {
-      t.base[part] = base[part], t.masks[part] = dropped[part], t.scaling[part] = scales[part];
+      t.base[part] = packed ? packed_part(part) : base[part], t.masks[part] = dropped[part],
+      t.scaling[part] = scales[part];
       t.a[part] = pairs[2 * part], t.b[part] = pairs[2 * part + 1];
     }
     return t;
