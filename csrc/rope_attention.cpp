@@ -1,4 +1,5 @@
-// rope_attention on the CPU: the dispatcher's end of rope_forward.h, rope_backward.h and rope_norms.h.
+// rope_attention on the CPU: the dispatcher's end of rope_forward.h, rope_backward.h, rope_norms.h and
+// rope_rotate.h.
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -8,6 +9,7 @@
 #include "rope_backward.h"
 #include "rope_forward.h"
 #include "rope_norms.h"
+#include "rope_rotate.h"
 
 namespace llmkern {
 inline namespace CPU_CAPABILITY {
@@ -216,6 +218,27 @@ at::Tensor rope_attention_norms(const at::Tensor& x_, const Optional& shift, con
   return norms;
 }
 
+at::Tensor rope_attention_rotate(const at::Tensor& x_, const at::Tensor& cos_, const at::Tensor& sin_, bool back) {
+  const at::Tensor x = x_.stride(3) == 1 || x_.size(3) == 1 ? x_ : x_.contiguous();
+  const int64_t heads = x.size(1), tokens = x.size(2), dim = x.size(3), turning = cos_.size(2),
+                tasks = (tokens + kLookTokens - 1) / kLookTokens;
+  at::Tensor y = at::empty(x.sizes(), x.options());
+  LLMKERN_DISPATCH(x.scalar_type(), [&] {
+    using A = Acc<scalar_t>;
+    const at::Tensor cos = cos_.contiguous(), sin = sin_.contiguous();
+    for_tasks(x.size(0) * heads * tasks, [&](int64_t task) {
+      const int64_t head = task / tasks, begin = task % tasks * kLookTokens;
+      const int64_t table = ((cos.size(0) > 1 ? head / heads * tokens : 0) + begin) * turning;
+      rotate_rows(
+          x.const_data_ptr<scalar_t>() + head / heads * x.stride(0) + head % heads * x.stride(1) + begin * x.stride(2),
+          x.stride(2), std::min(kLookTokens, tokens - begin), dim, turning, cos.const_data_ptr<A>() + table,
+          sin.const_data_ptr<A>() + table, A(back ? -1 : 1),
+          y.mutable_data_ptr<scalar_t>() + (head * tokens + begin) * dim);
+    });
+  });
+  return y;
+}
+
 }  // namespace
 
 void register_rope_attention(torch::Library& library) {
@@ -224,6 +247,7 @@ void register_rope_attention(torch::Library& library) {
   library.impl("rope_attention_exact_fwd", &rope_attention_exact_fwd);
   library.impl("rope_attention_exact_bwd", &rope_attention_exact_bwd);
   library.impl("rope_attention_norms", &rope_attention_norms);
+  library.impl("rope_attention_rotate", &rope_attention_rotate);
 }
 
 }  // namespace CPU_CAPABILITY

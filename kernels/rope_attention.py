@@ -81,6 +81,43 @@ def rope_finish_kernel(
     tl.store(out + row[:, None] * V + columns[None, :], y.to(out.dtype.element_ty), live)
 
 
+@triton.jit
+def rope_rotate_kernel(
+    y,
+    x,
+    cos,
+    sin,
+    heads,
+    n,
+    D,
+    stride_b,
+    stride_h,
+    stride_n,
+    table_b,
+    turning,
+    BACK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """y (B, heads, n, D) = x turned by tables (B or 1, n, turning), see rope_attention_rotate_reference."""
+    tokens, head = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), tl.program_id(1).to(tl.int64)
+    b, tokens = head // heads, tokens.to(tl.int64)
+    columns = tl.arange(0, BLOCK_D)
+    live = (tokens < n)[:, None] & (columns < D)[None, :]
+    turns = live & (columns < turning)[None, :]
+    from_row = x + b * stride_b + (head % heads) * stride_h + tokens[:, None] * stride_n
+    here = tl.load(from_row + columns[None, :], live, other=0.0).to(cos.dtype.element_ty)
+    across = (columns + turning // 2) % turning
+    there = tl.load(from_row + across[None, :], turns, other=0.0).to(cos.dtype.element_ty)
+    at = b * table_b + tokens[:, None] * turning + columns[None, :]
+    c, s = tl.load(cos + at, turns, other=1.0), tl.load(sin + at, turns, other=0.0)
+    if BACK:
+        s = -s
+    tl.store(
+        y + (head * n + tokens[:, None]) * D + columns[None, :], (here * c + there * s).to(y.dtype.element_ty), live
+    )
+
+
 class Problem:
     """One batch without cu_seqlens: tensors by head, weights of keys, states' tables."""
 
@@ -184,6 +221,31 @@ class Problem:
 rope_attention_exact_fwd = rope_attention_exact_reference
 rope_attention_exact_bwd = rope_attention_exact_backward_reference
 rope_attention_norms = rope_attention_norms_reference
+
+
+def rope_attention_rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    """As ``rope_attention_rotate_reference``."""
+    x, cos, sin = x if x.stride(3) == 1 else x.contiguous(), cos.contiguous(), sin.contiguous()
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    batch, heads, n, dim = x.shape
+    if y.numel():
+        with _tiles.device_guard(x):
+            rope_rotate_kernel[(triton.cdiv(n, TOKENS), batch * heads)](
+                y,
+                x,
+                cos,
+                sin,
+                heads,
+                n,
+                dim,
+                *x.stride()[:3],
+                cos.stride(0) if cos.shape[0] > 1 else 0,
+                cos.shape[2],
+                BACK=back,
+                BLOCK_D=triton.next_power_of_2(dim),
+                TOKENS=TOKENS,
+            )
+    return y
 
 
 def rope_attention_fwd(
@@ -364,4 +426,12 @@ def _aot_finish(dtype: str, values: int, extra: int) -> tuple[object, ...]:
     return _tiles.ahead_of_time(rope_finish_kernel, types, constants, 4)
 
 
+def _aot_rotate(dtype: str, size: int) -> tuple[object, ...]:
+    types = dict.fromkeys(("cos", "sin"), "*fp32") | dict.fromkeys(("y", "x"), f"*{dtype}")
+    types |= dict.fromkeys(("heads", "n", "D", "stride_b", "stride_h", "stride_n", "table_b", "turning"), "i32")
+    constants = {"BACK": True, "BLOCK_D": size, "TOKENS": TOKENS}
+    return _tiles.ahead_of_time(rope_rotate_kernel, types, constants, 4)
+
+
 AOT = [_aot_finish("fp32", 64, 1), _aot_finish("bf16", 16, 3), _aot_finish("fp16", 128, 1)]
+AOT += [_aot_rotate("fp32", 64), _aot_rotate("bf16", 128)]

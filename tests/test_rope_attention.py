@@ -581,6 +581,19 @@ def test_rotary_scores_depend_on_distances_alone() -> None:
         assert (here - there).abs().max() <= 1e-11
 
 
+@pytest.mark.parametrize("dim", [2, 4, 8, 16, 24, 64, 66])
+def test_rotary_turns_heads_of_any_width(dim: int) -> None:
+    x, positions = normal(2, 33, 3, dim), torch.stack([torch.arange(33), torch.arange(33) + 500])
+    rotary = Rotary(dim)
+    cos, sin = (table.unsqueeze(2) for table in rotary.tables(positions, torch.float64))
+    first, second = x.double().split(dim // 2, -1)
+    truth = torch.cat([first * cos - second * sin, second * cos + first * sin], -1).transpose(1, 2)
+    for tokens in (x.transpose(1, 2), x.transpose(1, 2).contiguous()):
+        limit = 4 * torch.finfo(torch.float32).eps * float(truth.abs().max())
+        assert (rotary(tokens, positions) - truth).abs().max() <= limit
+        assert torch.equal(rotary(tokens, positions[1]), rotary(tokens, positions[[1, 1]]))
+
+
 def test_rotary_tables_of_an_inference_serve_gradients() -> None:
     x, rotary = normal(2, 3, 20, 8, dtype=torch.float64), Rotary(6)
     with torch.inference_mode():
@@ -701,7 +714,9 @@ def test_refusals(tensors: tuple[Tensor, ...], options: dict[str, object], sente
         (lambda: Rotary(5), "head_dim as an even number"),
         (lambda: Rotary(4, scaling={"rope_type": "longrope"}), "rope_type as one of"),
         (lambda: Rotary(4, scaling={"rope_type": "linear"}), "factor above 0"),
-        (lambda: Rotary(4)(X, torch.arange(3)), "integer positions of length 5"),
+        (lambda: Rotary(4)(X, torch.arange(3)), r"positions of whole numbers, \(5,\) or"),
+        (lambda: Rotary(4)(X, torch.zeros(X.shape[0] + 1, 5).long()), "positions of whole numbers"),
+        (lambda: Rotary(4)(X[0], torch.zeros(2, 5).long()), r"positions of whole numbers, \(5,\), got"),
         (
             lambda: RopeAttentionState(plan_attention(X, X, X), 4),
             "expected a polynomial plan, got one of method 'exact'",

@@ -123,6 +123,16 @@ def check_state_in_tiles(degree: int, leading: int) -> None:
         assert_close(name, ours[name], wanted, farther(wanted, base[name], moved[name]), torch.float32, FACTOR)
 
 
+def check_rotation(dtype: torch.dtype, batch: int, dim: int, turning: int) -> None:
+    x = normal(1, batch, 21, 2, dim).to(dtype).transpose(1, 2)
+    cos, sin = (normal(seed, batch, 21, turning).float() for seed in (2, 3))
+    for back in (False, True):
+        truth = reference.rope_attention_rotate_reference(x.double(), cos.double(), sin.double(), back)
+        base = reference.rope_attention_rotate_reference(x, cos, sin, back)
+        ours = kernels.rope_attention_rotate(x, cos, sin, back)
+        assert_close(f"back={back}", ours, truth, base, dtype, FACTOR)
+
+
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     def named(name: str, run: Callable[..., None], *arguments: Any) -> tuple[str, Callable[[], None]]:
         def in_short_segments() -> None:
@@ -152,5 +162,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield named("contact-4", check, 20, 20, torch.float32, {"degree": 5, "contact": 4, "heads": (2, 2)})
     yield named("one-token", check, 1, 1, torch.float32, {"is_causal": True})
     yield named("float64", check, 20, 20, torch.float64, {})
+    yield named("rotary", check_rotation, torch.float32, 2, 6, 6)
+    yield named("rotary-of-a-part", check_rotation, torch.float16, 1, 10, 4)
     yield named("state-in-tiles", check_state_in_tiles, 5, 4)
     yield named("state-in-tiles-leading", check_state_in_tiles, 5, 3)

@@ -28,6 +28,7 @@ class Case:
         large: (rows, width) that are split over threads.
         refuses: pattern of the sentence with which the CPU refuses NaN and infinity in row 1 of the first tensor; None
             where they propagate as in the reference.
+        twice: differentiable twice; the others refuse that.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Case:
     widths: tuple[int, ...] = WIDTHS
     large: tuple[tuple[int, int], ...] = ((1, 20_000), (8, 5000))
     refuses: str | None = None
+    twice: bool = False
 
     def __str__(self) -> str:
         return self.name

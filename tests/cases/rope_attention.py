@@ -15,6 +15,7 @@ from cases.case import Case
 from llmkern.ops.rope_attention.arguments import Arguments
 from llmkern.ops.rope_attention.exact import tiled_attention
 from llmkern.ops.rope_attention.function import polynomial_inputs
+from llmkern.ops.rope_attention.reference import compute_dtype
 
 NAMES = ("q", "k", "v")
 HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 6, 5
@@ -117,7 +118,45 @@ def exact_case(name: str, tail: float, is_causal: bool) -> Case:
     )
 
 
+ROTARY = llmkern.Rotary(DIM - 2, base=20.0)
+
+
+def make_tokens(rows: int, width: int, dtype: torch.dtype, device: str) -> list[Tensor | None]:
+    return make(rows, width, dtype, device)[:1]
+
+
+def turn(x: Tensor) -> Tensor:
+    return ROTARY(x.transpose(1, 2)).transpose(1, 2)
+
+
+def turn_as_complex(x: Tensor) -> Tensor:
+    """Entries t and t + d/2 are a complex number, which is multiplied by e^(i angle)."""
+    half = ROTARY.head_dim // 2
+    angles = torch.arange(x.shape[1], device=x.device).double().unsqueeze(-1) * ROTARY.frequencies(0, x.device)
+    turns = torch.polar(torch.ones_like(angles), angles).unsqueeze(1)
+    wide = x.double()
+    turned = torch.complex(wide[..., :half], wide[..., half : 2 * half]) * turns
+    return torch.cat([turned.real, turned.imag, wide[..., 2 * half :]], -1).to(x.dtype)
+
+
+def raw_turn(tensors: list[Tensor | None]) -> list[tuple[Any, tuple[Any, ...]]]:
+    (x,) = heads_first(tuple(t for t in tensors if t is not None))
+    tables = [torch.randn(x.shape[0], x.shape[2], DIM - 2, dtype=compute_dtype(x.dtype)).to(x.device) for _ in range(2)]
+    return [(torch.ops.llmkern.rope_attention_rotate.default, (x, *tables, back)) for back in (False, True)]
+
+
 CASES = [
+    Case(
+        "rope_attention-rotary",
+        make_tokens,
+        ("x",),
+        turn,
+        turn_as_complex,
+        raw_turn,
+        widths=WIDTHS,
+        large=((1, 5000), (3, 5000)),
+        twice=True,
+    ),
     exact_case("exact", 1.0, False),
     exact_case("exact-causal-unbounded", 10.0, True),
     case("full"),

@@ -74,6 +74,17 @@ def rope_attention_norms_reference(x: Tensor, shift: Tensor | None, maps: Tensor
     return torch.linalg.vector_norm(x if maps is None else x @ maps.to(x), dim=-1)
 
 
+def rope_attention_rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    """x (B, H, N, D) turned by tables (1 or B, N, d), d <= D, in the dtype of computation: x cos + roll(x, d / 2) sin
+    of the first d numbers. ``back``: by the opposite angle, which is the gradient."""
+    size = cos.shape[-1]
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    turning = x[..., :size].to(cos.dtype)
+    other = turning.roll(size // 2, -1) * sin
+    turned = torch.addcmul(other.neg_() if back else other, turning, cos).to(x.dtype)
+    return torch.cat([turned, x[..., size:]], -1).contiguous()
+
+
 def segments(q: Tensor, k: Tensor, cu_q: Tensor | None, cu_k: Tensor | None) -> list[Segment]:
     if cu_q is None or cu_k is None:
         return [Segment(b, b, 0, q.shape[2], 0, k.shape[2]) for b in range(q.shape[0])]

@@ -10,9 +10,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkern._library import bad_type, bad_value
+from llmkern._library import bad_type, bad_value, define_op
+from llmkern.ops.rope_attention.reference import rope_attention_rotate_reference
+
+define_op(
+    "rope_attention_rotate",
+    "(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor",
+    stem="rope_attention",
+    reference=rope_attention_rotate_reference,
+    fake=lambda x, *_: x.new_empty(x.shape),
+)
 
 KINDS = ("default", "linear", "dynamic", "ntk", "yarn")
+
+
+class _Rotation(torch.autograd.Function):
+    """Of x (B, H, N, D); its gradient is the turn back."""
+
+    @staticmethod
+    def forward(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+        return torch.ops.llmkern.rope_attention_rotate(x, cos, sin, back)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], _: Tensor) -> None:
+        _, cos, sin, ctx.back = inputs
+        ctx.save_for_backward(cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Rotation.apply(grad, *ctx.saved_tensors, not ctx.back), None, None, None
 
 
 class Rotary:
@@ -87,15 +113,10 @@ class Rotary:
     def __call__(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         if x.shape[-1] < self.head_dim:
             raise bad_value("Rotary", f"heads of at least {self.head_dim} entries", x.shape[-1])
-        if positions is not None and (positions.dtype.is_floating_point or positions.shape[-1:] != x.shape[-2:-1]):
-            raise bad_type(
-                "Rotary", f"integer positions of length {x.shape[-2]}", f"{positions.dtype} {tuple(positions.shape)}"
-            )
-        cos, sin = self._whole_tables(x, positions)
-        turning = x[..., : self.head_dim].to(cos.dtype)
-        # In place: memory that is touched for the first time costs more than the arithmetic.
-        turned = turning.roll(self.head_dim // 2, -1).mul_(sin).addcmul_(turning, cos).to(x.dtype)
-        return turned if x.shape[-1] == self.head_dim else torch.cat([turned, x[..., self.head_dim :]], -1)
+        if positions is not None:
+            _check_positions(x, positions)
+        heads = x if x.dim() == 4 else x.reshape(1, math.prod(x.shape[:-2]), *x.shape[-2:])
+        return _Rotation.apply(heads, *self._whole_tables(x, positions), False).view(x.shape)
 
     def _whole_tables(self, x: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """cos and, with the sign of the half that it meets, sin of whole heads. Those of 0 .. N-1 are kept: layers, and
@@ -108,9 +129,7 @@ class Rotary:
         # Kept tables serve calls that record gradients, too.
         with torch.inference_mode(False) if plain else contextlib.nullcontext(), torch.no_grad():
             at = torch.arange(x.shape[-2], device=x.device) if positions is None else positions
-            cos, sin = self.tables(at, dtype)
-            if at.dim() == 2:
-                cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+            cos, sin = self.tables(at if at.dim() == 2 else at.unsqueeze(0), dtype)
             whole = torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
         if positions is None and plain:
             self._kept = (key, whole)
@@ -142,3 +161,13 @@ class Rotary:
         low, high = max(low, 0), min(high, d - 1)
         steps = torch.arange(d // 2, dtype=torch.float64, device=device)
         return ((steps - low) / max(high - low, 0.001)).clamp(0, 1)
+
+
+def _check_positions(x: Tensor, positions: Tensor) -> None:
+    batches = (1, x.shape[0]) if x.dim() == 4 else (1,)
+    fits = positions.shape[-1:] == x.shape[-2:-1] and (
+        positions.dim() == 1 or (positions.dim() == 2 and positions.shape[0] in batches)
+    )
+    if positions.dtype.is_floating_point or not fits:
+        wanted = f"({x.shape[-2]},)" + (f" or ({x.shape[0]}, {x.shape[-2]})" if x.dim() == 4 else "")
+        raise bad_type("Rotary", f"positions of whole numbers, {wanted}", f"{positions.dtype} {tuple(positions.shape)}")
