@@ -1,6 +1,10 @@
-// Circular convolutions by fast Fourier transform of a complex sequence. Its first stage is one of as many numbers at a
-// time as a register has lanes, and leaves in each lane a transform on its own: what follows are operations of whole
-// registers, and only the first stage and its inverse shuffle.
+// Convolutions by fast Fourier transform. The first stage is one of as many numbers at a time as a register has lanes,
+// and leaves in each lane a transform on its own: what follows are operations of whole registers, and only the first
+// stage and its inverse shuffle.
+//
+// Frequencies are k + 1/4, so that what wraps around a circle of length L comes back turned by a right angle: of the
+// product of two spectra of real sequences the real part is what does not wrap around, and no zeros beside them are
+// needed.
 //
 // Decimation in frequency on the way there and in time on the way back, stage by stage on blocks that shrink: spectra
 // stay in the order in which the stages leave them, and the frequencies of one small block go there, through the
@@ -23,34 +27,41 @@ inline namespace CPU_CAPABILITY {
 // Elements of blocks whose remaining stages run one after the other: 32 KiB, within the first-level cache.
 constexpr int64_t kSmallTransform = 32 * 1024 / (2 * kRegisterBytes);
 
-// Of ``length`` = kLanes 2^a 3^b 5^c numbers. A buffer holds them as ``elements`` of kLanes each, an element in one
-// register of real parts and one of imaginary ones.
+// Of ``length`` = kLanes^2 2^a 3^b 5^c numbers, X_f = sum_j e^{-2 pi i f j / length} x_j, f = k + 1/4. A buffer holds
+// them as ``elements`` of kLanes each, an element in one register of real parts and one of imaginary ones.
+//
+// Sequences stand in rows: kLanes segments with a gap after each, so that the segments, which the first stage reads
+// side by side, do not compete for the same places of a cache where lengths are powers of two.
 template <typename A>
 class Transform {
  public:
   static constexpr int kWidth = kLanes<A>, kHalf = kWidth / 2;
   static constexpr int64_t kElement = 2 * kWidth;
 
-  explicit Transform(int64_t length) : length_(length), elements_(length / kWidth) {
-    TORCH_CHECK(length > 0 && length % kWidth == 0, "a transform of ", length, " numbers in ", kWidth, " lanes");
-    for (int64_t rest = elements_, block = elements_; rest > 1;) {
-      const int radix = rest % 8 == 0 ? 8 : rest % 4 == 0 ? 4 : rest % 2 == 0 ? 2 : rest % 3 == 0 ? 3 : 5;
-      TORCH_CHECK(rest % radix == 0, "a transform of ", length, " numbers, expected ", kWidth, " times 2^a 3^b 5^c");
+  explicit Transform(int64_t length) : length_(length), elements_(length / kWidth), segment_(elements_ + kWidth) {
+    TORCH_CHECK(elements_ > 0 && length % (kWidth * kWidth) == 0, "a transform of ", length, " numbers in ", kWidth,
+                " lanes");
+    for (int64_t block = elements_; block > 1;) {
+      const int radix = block % 8 == 0 ? 8 : block % 4 == 0 ? 4 : block % 2 == 0 ? 2 : block % 3 == 0 ? 3 : 5;
+      TORCH_CHECK(block % radix == 0, "a transform of ", length, " numbers, expected ", kWidth * kWidth,
+                  " times 2^a 3^b 5^c");
+      last_radix_ = radix;
+      if (block == radix) break;
       Stage stage{radix, block, {}};
-      const int64_t step = block / radix;
-      for (int64_t j = 0; j < step; ++j) {
+      for (int64_t j = 0; j < block / radix; ++j) {
         for (int64_t k = 1; k < radix; ++k) add_turn(stage.turns, j * k, block);
       }
       stages_.push_back(std::move(stage));
-      rest /= radix, block = step;
+      block /= radix;
     }
+    for (int64_t q = 0; q < kWidth; ++q) add_turn(place_turns_, q, 4 * kWidth);
     for (int64_t q = 0; q < kHalf; ++q) add_turn(half_turns_, q, kWidth);
     for (int64_t r = 0; r < elements_; r += kWidth) {
-      for (int lane = 0; lane < kWidth; ++lane) add_turn(run_turns_, frequency(lane) * r, length);
+      for (int lane = 0; lane < kWidth; ++lane) add_turn(run_turns_, quarters(lane) * r, 4 * length);
     }
     for (int lane = 0; lane < kWidth; ++lane) {
       for (int64_t r = 0; r < kWidth; ++r) {
-        const auto [c, s] = turn(frequency(lane) * r, length);
+        const auto [c, s] = turn(quarters(lane) * r, 4 * length);
         lane_turns_[lane].re[r] = c, lane_turns_[lane].im[r] = s;
       }
     }
@@ -59,14 +70,25 @@ class Transform {
   int64_t length() const { return length_; }
   // Numbers of type A that a buffer holds.
   int64_t buffer_size() const { return elements_ * kElement; }
+  // And a row of real numbers.
+  int64_t row_size() const { return kWidth * segment_; }
+
+  // ``count`` numbers into a row as those from number ``first`` on, zeros as the others; and back.
+  void to_row(const A* from, int64_t first, int64_t count, A* row) const {
+    std::fill_n(row, row_size(), A{0});
+    for_segments(first, count, [&](int64_t i, int64_t place, int64_t n) { std::copy_n(from + i, n, row + place); });
+  }
+  void from_row(const A* row, int64_t first, int64_t count, A* to) const {
+    for_segments(first, count, [&](int64_t i, int64_t place, int64_t n) { std::copy_n(row + place, n, to + i); });
+  }
 
   // The least that is long enough, kept for the next calls.
   static std::shared_ptr<const Transform> of(int64_t least) {
     constexpr size_t kKept = 4;
     static std::mutex guard;
     static std::vector<std::shared_ptr<const Transform>> kept;
-    int64_t elements = std::max<int64_t>(1, (least + kWidth - 1) / kWidth);
-    while (!is_smooth(elements)) ++elements;
+    int64_t elements = kWidth * std::max<int64_t>(1, (least + kWidth * kWidth - 1) / (kWidth * kWidth));
+    while (!is_smooth(elements)) elements += kWidth;
     const std::lock_guard<std::mutex> lock(guard);
     for (const auto& transform : kept) {
       if (transform->elements_ == elements) return transform;
@@ -76,23 +98,15 @@ class Transform {
     return kept.back();
   }
 
-  // The first kThere buffers are transformed; product(begin, end) then works on a range of elements of any of them; the
-  // first kBack are transformed back. read(buffer, i, n) makes n numbers from number i on, kLanes at most, and
-  // write(buffer, i, n, x) takes them; those from number there[buffer] on are zero, and those from back[buffer] on are
-  // of no interest.
+  // The first kThere buffers are transformed; product(place, x) then works on the numbers x[buffer] at a place, and the
+  // first kBack are transformed back. read(buffer, i) makes kLanes numbers, real or complex, of place i of a row, and
+  // write(buffer, i, x) takes them.
   template <int kThere, int kBack, typename Read, typename Product, typename Write>
-  void run(A* const* buffers, std::array<int64_t, kThere> there, Read read, Product product,
-           std::array<int64_t, kBack> back, Write write) const {
-    if constexpr (kThere > 0) {
-      for (int b = 0; b < kThere; ++b) {
-        const auto of_buffer = [&](int64_t i, int64_t n) { return read(b, i, n); };
-        2 * there[b] <= length_ ? enter<true>(buffers[b], of_buffer) : enter<false>(buffers[b], of_buffer);
-      }
-    }
-    descend<kThere, kBack>(0, buffers, 0, product);
+  void run(A* const* buffers, Read read, Product product, Write write) const {
+    for (int b = 0; b < kThere; ++b) enter(buffers[b], [&](int64_t i) LLMKERN_INLINE { return read(b, i); });
+    descend<kThere, kBack>(0, buffers, 0, elements_, product);
     for (int b = 0; b < kBack; ++b) {
-      const auto of_buffer = [&](int64_t i, int64_t n, const Complex<A>& x) { write(b, i, n, x); };
-      2 * back[b] <= length_ ? leave<true>(buffers[b], of_buffer) : leave<false>(buffers[b], of_buffer);
+      leave(buffers[b], [&](int64_t i, const Complex<A>& x) LLMKERN_INLINE { write(b, i, x); });
     }
   }
 
@@ -102,6 +116,15 @@ class Transform {
     int64_t block;
     std::vector<A> turns;
   };
+
+  // body(i, place, n): n numbers from number first + i on stand at that place of a row.
+  template <typename Body>
+  void for_segments(int64_t first, int64_t count, Body body) const {
+    for (int64_t q = 0; q < kWidth; ++q) {
+      const int64_t begin = std::max(first, q * elements_), end = std::min(first + count, (q + 1) * elements_);
+      if (begin < end) body(begin - first, begin + q * (segment_ - elements_), end - begin);
+    }
+  }
 
   static bool is_smooth(int64_t x) {
     for (int64_t prime : {2, 3, 5}) {
@@ -121,27 +144,25 @@ class Transform {
     turns.push_back(s);
   }
 
-  // Which frequencies, modulo kLanes, a lane has: even ones first.
-  static int64_t frequency(int64_t lane) { return lane < kHalf ? 2 * lane : 2 * (lane - kHalf) + 1; }
+  // Four times the frequency of a lane, modulo 4 kLanes: even ones come first.
+  static int64_t quarters(int64_t lane) { return 4 * (lane < kHalf ? 2 * lane : 2 * (lane - kHalf) + 1) + 1; }
 
-  // e^{-2 pi i frequency(lane) (r + place) / length} at each place of a register; r is a multiple of kLanes.
+  // e^{-2 pi i quarters(lane) (r + place) / (4 length)} at each place of a register; r is a multiple of kLanes.
   LLMKERN_INLINE Complex<A> lane_turn(int64_t r, int lane) const {
     const A* turns = run_turns_.data() + 2 * (r + lane);
     return lane_turns_[lane].times(fill(turns[0]), fill(turns[1]));
   }
 
-  // The first stage, between registers of consecutive numbers: it hands a part of the frequencies to each lane. With
-  // kOneHalf the second half of the numbers is zero.
-  template <bool kOneHalf, typename Read>
+  // The first stage, between registers of consecutive numbers: it hands a part of the frequencies to each lane.
+  template <typename Read>
   void enter(A* buffer, Read read) const {
     for (int64_t r = 0; r < elements_; r += kWidth) {
-      const int64_t n = std::min<int64_t>(kWidth, elements_ - r);
       alignas(64) Complex<A> even[kHalf], odd[kHalf];
       for (int q = 0; q < kHalf; ++q) {
-        const Complex<A> x = read(q * elements_ + r, n);
-        const Complex<A> y = kOneHalf ? Complex<A>{} : read((q + kHalf) * elements_ + r, n);
-        even[q] = kOneHalf ? x : x + y;
-        odd[q] = (kOneHalf ? x : x - y).times(fill(half_turns_[2 * q]), fill(half_turns_[2 * q + 1]));
+        const Complex<A> x = turned(read(q * segment_ + r), place_turns_.data() + 2 * q);
+        const Complex<A> y = turned(read((q + kHalf) * segment_ + r), place_turns_.data() + 2 * (q + kHalf));
+        even[q] = x + y;
+        odd[q] = turned(x - y, half_turns_.data() + 2 * q);
       }
       small_transform<kHalf, -1>(even);
       small_transform<kHalf, -1>(odd);
@@ -152,20 +173,19 @@ class Transform {
       });
       transpose<A>(re);
       transpose<A>(im);
-      for (int64_t t = 0; t < n; ++t) store_complex<A>(buffer + (r + t) * kElement, {re[t], im[t]});
+      unrolled<kWidth>([&](auto t) LLMKERN_INLINE { store_complex<A>(buffer + (r + t) * kElement, {re[t], im[t]}); });
     }
   }
 
-  // Its inverse; with kOneHalf of the first half only.
-  template <bool kOneHalf, typename Write>
+  // Its inverse.
+  template <typename Write>
   void leave(const A* buffer, Write write) const {
     for (int64_t r = 0; r < elements_; r += kWidth) {
-      const int64_t n = std::min<int64_t>(kWidth, elements_ - r);
-      Lanes<A> re[kWidth] = {}, im[kWidth] = {};
-      for (int64_t t = 0; t < n; ++t) {
+      Lanes<A> re[kWidth], im[kWidth];
+      unrolled<kWidth>([&](auto t) LLMKERN_INLINE {
         const Complex<A> x = load_complex(buffer + (r + t) * kElement);
         re[t] = x.re, im[t] = x.im;
-      }
+      });
       transpose<A>(re);
       transpose<A>(im);
       alignas(64) Complex<A> even[kHalf], odd[kHalf];
@@ -174,17 +194,27 @@ class Transform {
       });
       small_transform<kHalf, 1>(even);
       small_transform<kHalf, 1>(odd);
-      unrolled<kHalf>([&](auto q) LLMKERN_INLINE {
-        const Complex<A> turned = odd[q].times(fill(half_turns_[2 * q]), fill(-half_turns_[2 * q + 1]));
-        write(q * elements_ + r, n, even[q] + turned);
-        if (!kOneHalf) write((q + kHalf) * elements_ + r, n, even[q] - turned);
-      });
+      for (int q = 0; q < kHalf; ++q) {
+        const Complex<A> x = turned_back(odd[q], half_turns_.data() + 2 * q);
+        write(q * segment_ + r, turned_back(even[q] + x, place_turns_.data() + 2 * q));
+        write((q + kHalf) * segment_ + r, turned_back(even[q] - x, place_turns_.data() + 2 * (q + kHalf)));
+      }
     }
+  }
+
+  LLMKERN_INLINE static Complex<A> turned(const Complex<A>& x, const A* by) {
+    return x.times(fill(by[0]), fill(by[1]));
+  }
+  LLMKERN_INLINE static Complex<A> turned(const Lanes<A>& x, const A* by) { return {x * by[0], x * by[1]}; }
+  LLMKERN_INLINE static Complex<A> turned_back(const Complex<A>& x, const A* by) {
+    return x.times(fill(by[0]), fill(-by[1]));
   }
 
   template <typename Body>
   static void with_radix(int radix, Body body) {
     switch (radix) {
+      case 1:
+        return body.template operator()<1>();
       case 2:
         return body.template operator()<2>();
       case 3:
@@ -199,22 +229,44 @@ class Transform {
   }
 
   template <int kThere, int kBack, typename Product>
-  void descend(size_t level, A* const* buffers, int64_t begin, Product& product) const {
-    if (level == stages_.size()) return product(begin, begin + 1);
-    const int64_t block = stages_[level].block, end = begin + block;
-    if (block > kSmallTransform) {
-      for (int b = 0; b < kThere; ++b) there(stages_[level], buffers[b], begin, end);
-      const int64_t step = block / stages_[level].radix;
-      for (int64_t at = begin; at < end; at += step) descend<kThere, kBack>(level + 1, buffers, at, product);
-      for (int b = 0; b < kBack; ++b) back(stages_[level], buffers[b], begin, end);
+  void descend(size_t level, A* const* buffers, int64_t begin, int64_t end, Product& product) const {
+    if (end - begin > kSmallTransform) {
+      const Stage& stage = stages_[level];
+      for (int b = 0; b < kThere; ++b) there(stage, buffers[b], begin, end);
+      const int64_t step = stage.block / stage.radix;
+      for (int64_t at = begin; at < end; at += step) descend<kThere, kBack>(level + 1, buffers, at, at + step, product);
+      for (int b = 0; b < kBack; ++b) back(stage, buffers[b], begin, end);
       return;
     }
     for (int b = 0; b < kThere; ++b) {
       for (size_t s = level; s < stages_.size(); ++s) there(stages_[s], buffers[b], begin, end);
     }
-    product(begin, end);
+    with_radix(last_radix_, [&]<int R>() {
+      for (int64_t at = begin; at < end; at += R) last_stage<kThere, kBack, R>(buffers, at, product);
+    });
     for (int b = 0; b < kBack; ++b) {
       for (size_t s = stages_.size(); s-- > level;) back(stages_[s], buffers[b], begin, end);
+    }
+  }
+
+  // The last stage, the product and the inverse of that stage, in registers.
+  template <int kThere, int kBack, int R, typename Product>
+  LLMKERN_INLINE static void last_stage(A* const* buffers, int64_t place, Product& product) {
+    constexpr int kBuffers = std::max(kThere, kBack);
+    Complex<A> x[kBuffers][R];
+    for (int b = 0; b < kBuffers; ++b) {
+      unrolled<R>([&](auto q) LLMKERN_INLINE { x[b][q] = load_complex(buffers[b] + (place + q) * kElement); });
+      if (b < kThere) small_transform<R, -1>(x[b]);
+    }
+    unrolled<R>([&](auto q) LLMKERN_INLINE {
+      Complex<A> at_place[kBuffers];
+      for (int b = 0; b < kBuffers; ++b) at_place[b] = x[b][q];
+      product(place + q, at_place);
+      for (int b = 0; b < kBuffers; ++b) x[b][q] = at_place[b];
+    });
+    for (int b = 0; b < kBuffers; ++b) {
+      if (b < kBack) small_transform<R, 1>(x[b]);
+      unrolled<R>([&](auto q) LLMKERN_INLINE { store_complex(buffers[b] + (place + q) * kElement, x[b][q]); });
     }
   }
 
@@ -266,9 +318,11 @@ class Transform {
     }
   }
 
-  int64_t length_, elements_;
+  int64_t length_, elements_, segment_;
+  // All but the last, whose blocks are its radix.
   std::vector<Stage> stages_;
-  std::vector<A> half_turns_, run_turns_;
+  int last_radix_ = 1;
+  std::vector<A> place_turns_, half_turns_, run_turns_;
   Complex<A> lane_turns_[kWidth];
 };
 

@@ -3,36 +3,32 @@
 //   N[c][i] = sum_alpha coefficient_alpha x_alpha[i] seen_{alpha c}[i],   seen_{alpha c} = symbol_alpha * (y_alpha
 //   column_c)
 //
-// Sequences (alpha, c) are made from rows of monomials and of columns as the first stage of a transform reads them, and
-// what comes back is summed as the last stage writes it, so that none of them is ever in memory whole. As symbols are
-// real, two sequences go as the real and the imaginary part of one.
+// Monomials are made feature by feature; their products with columns as the first stage of a transform reads them; and
+// what comes back is summed as the last stage writes it. So nothing of the size of all features is ever in memory.
 #pragma once
 
 #include "fourier.h"
+#include "polynomial.h"
 
 namespace llmkern {
 inline namespace CPU_CAPABILITY {
 
-// Rows of ``tokens`` numbers: monomials, or columns.
+// Rows as transforms read them.
 template <typename A>
 struct Rows {
   const A* at;
-  int64_t tokens;
+  int64_t size;
 
-  const A* row(int64_t r) const { return at + r * tokens; }
+  const A* row(int64_t r) const { return at + r * size; }
 };
 
 // Rows that one part adds to, from number ``first`` on.
 template <typename A>
 struct Sums {
   A* at;
-  int64_t tokens, first;
+  int64_t size, first;
 
-  A* row(int64_t r) const { return at + (r - first) * tokens; }
-};
-
-struct Sequence {
-  int64_t feature, column;  // -1: there is none, and it is zero
+  A* row(int64_t r) const { return at + (r - first) * size; }
 };
 
 struct Range {
@@ -41,139 +37,156 @@ struct Range {
   int64_t size() const { return end - begin; }
 };
 
-// What one part of a call computes: the sequences of some features and some columns, feature by feature, so that few
-// rows are at work at a time. A task is a pair of them; or all of one feature, pair by pair, where features have
-// symbols of their own.
+// What one part of a call computes: the sequences of some features and some columns, feature by feature.
 struct Part {
   Range features, columns;
-  bool own_symbols;
-
-  int64_t tasks() const { return own_symbols ? features.size() : (features.size() * columns.size() + 1) / 2; }
-  int64_t pairs_of_a_task() const { return own_symbols ? (columns.size() + 1) / 2 : 1; }
-  Sequence at(int64_t task, int64_t pair, int half) const {
-    const int64_t s = 2 * (own_symbols ? pair : task) + half, width = columns.size();
-    if (s >= (own_symbols ? width : features.size() * width)) return {-1, 0};
-    return {features.begin + (own_symbols ? task : s / width), columns.begin + s % width};
-  }
 };
 
-template <typename A, typename L>
-inline void add_to(A* p, Lanes<A> x, L lanes) {
-  store(p, load(p, lanes) + x, lanes);
+// The variables of a monomial, each as often as it is a factor.
+using Factors = std::vector<int64_t>;
+
+inline std::vector<Factors> factors_of(const Monomials& tables) {
+  std::vector<Factors> panel(tables.panel()), all;
+  for (int64_t p = 1; p < tables.panel(); ++p) {
+    panel[p] = panel[tables.parent[p]];
+    panel[p].push_back(tables.variable[p]);
+  }
+  for (const auto& block : tables.blocks) {
+    for (int64_t p = block.start; p < block.start + block.count; ++p) {
+      all.push_back(panel[p]);
+      if (block.dim >= 0) all.back().push_back(block.dim);
+    }
+  }
+  return all;
 }
 
-// body(lanes) with how many of n numbers from number i on there are in a row, if any.
-template <typename A, typename Body>
-inline void with_lanes(int64_t tokens, int64_t i, int64_t n, Body body) {
-  n = std::min(n, tokens - i);
-  if (n == kLanes<A>)
-    body(All{});
-  else if (n > 0)
-    body(First{static_cast<int>(n)});
-}
-
-// Two sequences as one.
 template <typename A>
-struct Pair {
-  Sequence halves[2];
+LLMKERN_INLINE inline Lanes<A> lanes_at(const A* row, int64_t i) {
+  return load(row + i, All{});
+}
 
-  Pair(const Part& part, int64_t task, int64_t pair) : halves{part.at(task, pair, 0), part.at(task, pair, 1)} {}
+template <typename A>
+LLMKERN_INLINE inline void add_to(A* p, Lanes<A> x) {
+  store(p, load(p, All{}) + x, All{});
+}
 
-  // n numbers from token i on: products of the rows of features (by weight) and columns.
-  Complex<A> read(const Rows<A>& features, const A* weights, const Rows<A>& columns, int64_t i, int64_t n) const {
-    Lanes<A> made[2] = {};
-    with_lanes<A>(features.tokens, i, n, [&](auto lanes) {
-      for (int half = 0; half < 2; ++half) {
-        const Sequence& s = halves[half];
-        if (s.feature < 0) continue;
-        made[half] = load(features.row(s.feature) + i, lanes) * load(columns.row(s.column) + i, lanes);
-        if (weights) made[half] *= weights[s.feature];
-      }
-    });
-    return {made[0], made[1]};
+// As many registers of a row at a time as there are lanes, so that the walk over factors does not count.
+template <typename A>
+constexpr int64_t kRun = kLanes<A> * kLanes<A>;
+
+// Multiplies what starts at place i by all factors but number ``without``.
+template <typename A>
+LLMKERN_INLINE inline void multiply(Lanes<A> (&x)[kLanes<A>], const Factors& factors, const Rows<A>& variables,
+                                    int64_t i, size_t without) {
+  for (size_t f = 0; f < factors.size(); ++f) {
+    if (f == without) continue;
+    const A* by = variables.row(factors[f]) + i;
+    unrolled<kLanes<A>>([&](auto r) LLMKERN_INLINE { x[r] *= lanes_at(by, r * kLanes<A>); });
   }
+}
 
-  // take(sequence, lanes, values), for tokens [i, i + n) as far as there are any.
-  template <typename Take>
-  void write(int64_t tokens, int64_t i, int64_t n, const Complex<A>& x, Take take) const {
-    with_lanes<A>(tokens, i, n, [&](auto lanes) {
-      if (halves[0].feature >= 0) take(halves[0], lanes, x.re);
-      if (halves[1].feature >= 0) take(halves[1], lanes, x.im);
-    });
+template <typename A>
+inline void make_monomial(const Factors& factors, const Rows<A>& variables, A* made) {
+  for (int64_t i = 0; i < variables.size; i += kRun<A>) {
+    Lanes<A> x[kLanes<A>];
+    unrolled<kLanes<A>>([&](auto r) LLMKERN_INLINE { x[r] = fill(A{1}); });
+    multiply(x, factors, variables, i, factors.size());
+    unrolled<kLanes<A>>([&](auto r) LLMKERN_INLINE { store(made + i + r * kLanes<A>, x[r], All{}); });
   }
-};
+}
 
-constexpr auto kNothing = [](auto...) {};
+// Adds to the gradients of the variables what ``slope``, that of the monomial, is to them.
+template <typename A>
+inline void pull_monomial(const Factors& factors, const Rows<A>& variables, const A* slope, const Sums<A>& to) {
+  for (size_t f = 0; f < factors.size(); ++f) {
+    for (int64_t i = 0; i < variables.size; i += kRun<A>) {
+      Lanes<A> x[kLanes<A>];
+      unrolled<kLanes<A>>([&](auto r) LLMKERN_INLINE { x[r] = lanes_at(slope, i + r * kLanes<A>); });
+      multiply(x, factors, variables, i, f);
+      A* at = to.row(factors[f]) + i;
+      unrolled<kLanes<A>>([&](auto r) LLMKERN_INLINE { add_to(at + r * kLanes<A>, x[r]); });
+    }
+  }
+}
 
-// What a call is about. symbols: rows on the circle of the transform, divided by its length; or their spectra, as
-// buffers of a transform hold them, where all features share one.
+// What a call is about. symbols: each a circle of complex numbers, a row of real parts and one of imaginary ones,
+// divided by its length. Those of distances from 0 on are real; negative ones are counted from its end, and imaginary.
 template <typename A>
 struct FourierProblem {
   const Transform<A>& transform;
+  std::vector<Factors> factors;
   Rows<A> x, y, columns;
   int64_t width;  // Number of columns.
   const A *coefficients, *moments;
   Rows<A> symbols;
+  const A* spectrum;  // Of the symbol that all features share, if they do.
+};
+
+// What a thread works in: two buffers of transforms; the monomials, and in the backward their slopes; and for symbols
+// of their own their spectrum, and that of their gradient.
+template <typename A>
+struct FourierScratch {
+  A* buffers[2];
+  A *x, *y, *dx, *dy;
+  A *spectrum, *dspectrum;
 };
 
 template <typename A>
 inline void transform_symbol(const Transform<A>& transform, const A* circle, A* spectrum) {
+  const A* imaginary = circle + transform.row_size();
   transform.template run<1, 0>(
-      &spectrum, {transform.length()},
-      [&](int, int64_t i, int64_t n) {
-        Complex<A> x{};
-        with_lanes<A>(transform.length(), i, n, [&](auto lanes) { x.re = load(circle + i, lanes); });
-        return x;
-      },
-      kNothing, {}, kNothing);
+      &spectrum, [&](int, int64_t i) LLMKERN_INLINE { return Complex<A>{lanes_at(circle, i), lanes_at(imaginary, i)}; },
+      [](int64_t, Complex<A>(&)[1]) {}, [](auto...) {});
 }
 
-// Adds the real part of what has that spectrum to the circle, not divided by the length; spoils the spectrum.
+// Adds what has that spectrum to the circle, not divided by the length; spoils the spectrum.
 template <typename A>
 inline void transform_symbol_back(const Transform<A>& transform, A* spectrum, A* circle) {
+  A* imaginary = circle + transform.row_size();
   transform.template run<0, 1>(
-      &spectrum, {}, kNothing, kNothing, {transform.length()}, [&](int, int64_t i, int64_t n, const Complex<A>& x) {
-        with_lanes<A>(transform.length(), i, n, [&](auto lanes) { add_to(circle + i, x.re, lanes); });
+      &spectrum, [](int, int64_t) { return Lanes<A>{}; }, [](int64_t, Complex<A>(&)[1]) {},
+      [&](int, int64_t i, const Complex<A>& x) LLMKERN_INLINE {
+        add_to(circle + i, x.re);
+        add_to(imaginary + i, x.im);
       });
 }
 
-// The spectrum of the symbol of a task. buffer: for symbols of their own.
+// The spectrum of the symbol of a feature.
 template <typename A>
-inline const A* symbol_of(const FourierProblem<A>& in, const Part& part, int64_t task, A* buffer) {
-  if (!part.own_symbols) return in.symbols.at;
-  transform_symbol(in.transform, in.symbols.row(part.features.begin + task), buffer);
-  return buffer;
+inline const A* spectrum_of(const FourierProblem<A>& in, int64_t feature, A* scratch) {
+  if (in.spectrum) return in.spectrum;
+  transform_symbol(in.transform, in.symbols.row(feature), scratch);
+  return scratch;
 }
 
-// Adds to out (width + 1 rows of queries); the last row is the last column with the weights ``moments``. Buffers: one,
-// another for symbols of their own.
+// Adds to out (width + 1 rows of queries); the last row is the last column with the weights ``moments``.
 template <typename A>
-inline void fourier_forward(const FourierProblem<A>& in, const Part& part, int64_t task, A* const* buffers,
+inline void fourier_forward(const FourierProblem<A>& in, const Part& part, const FourierScratch<A>& scratch,
                             const Sums<A>& out) {
-  const A* symbol = symbol_of(in, part, task, buffers[1]);
-  for (int64_t number = 0; number < part.pairs_of_a_task(); ++number) {
-    const Pair<A> pair(part, task, number);
-    in.transform.template run<1, 1>(
-        buffers, {in.y.tokens}, [&](int, int64_t i, int64_t n) { return pair.read(in.y, nullptr, in.columns, i, n); },
-        [&](int64_t begin, int64_t end) {
-          for (int64_t at = begin * Transform<A>::kElement; at < end * Transform<A>::kElement;
-               at += Transform<A>::kElement) {
-            store_complex(buffers[0] + at, load_complex(buffers[0] + at).times(load_complex(symbol + at)));
-          }
-        },
-        {in.x.tokens},
-        [&](int, int64_t i, int64_t n, const Complex<A>& x) {
-          pair.write(in.x.tokens, i, n, x, [&](const Sequence& s, auto lanes, Lanes<A> seen) {
-            const Lanes<A> term = load(in.x.row(s.feature) + i, lanes) * seen;
-            add_to(out.row(s.column) + i, in.coefficients[s.feature] * term, lanes);
-            if (s.column == in.width - 1) add_to(out.row(in.width) + i, in.moments[s.feature] * term, lanes);
+  const A *x = scratch.x, *y = scratch.y;
+  for (int64_t feature = part.features.begin; feature < part.features.end; ++feature) {
+    const A* spectrum = spectrum_of(in, feature, scratch.spectrum);
+    make_monomial(in.factors[feature], in.x, scratch.x);
+    make_monomial(in.factors[feature], in.y, scratch.y);
+    const A weight = in.coefficients[feature], moment = in.moments[feature];
+    for (int64_t c = part.columns.begin; c < part.columns.end; ++c) {
+      const A* column = in.columns.row(c);
+      A *to = out.row(c), *to_moment = c == in.width - 1 ? out.row(in.width) : nullptr;
+      in.transform.template run<1, 1>(
+          scratch.buffers, [&](int, int64_t i) LLMKERN_INLINE { return lanes_at(y, i) * lanes_at(column, i); },
+          [&](int64_t place, Complex<A>(&keys)[1])
+              LLMKERN_INLINE { keys[0] = keys[0].times(load_complex(spectrum + place * Transform<A>::kElement)); },
+          [&](int, int64_t i, const Complex<A>& seen) LLMKERN_INLINE {
+            const Lanes<A> term = lanes_at(x, i) * seen.re;
+            add_to(to + i, weight * term);
+            if (to_moment) add_to(to_moment + i, moment * term);
           });
-        });
+    }
   }
 }
 
-// Where gradients of one part go: dx and dy by feature, dcolumns by column; the spectrum of that of a shared symbol, or
-// dsymbols by feature. The last two may be null.
+// Where gradients of one part go: dx and dy by variable, dcolumns by column; the spectrum of that of a shared symbol,
+// or dsymbols by feature. The last two may be null.
 template <typename A>
 struct FourierGradients {
   Rows<A> grad;
@@ -182,52 +195,52 @@ struct FourierGradients {
   Sums<A> dsymbols;
 };
 
-// Buffers: two, one more for symbols of their own, and another for their gradients.
 template <typename A>
-inline void fourier_backward(const FourierProblem<A>& in, const Part& part, int64_t task, A* const* buffers,
+inline void fourier_backward(const FourierProblem<A>& in, const Part& part, const FourierScratch<A>& scratch,
                              const FourierGradients<A>& to) {
-  const A* symbol = symbol_of(in, part, task, buffers[2]);
-  A* dspectrum = to.dspectrum;
-  if (to.dsymbols.at) {
-    dspectrum = buffers[3];
-    std::fill_n(dspectrum, in.transform.buffer_size(), A{0});
-  }
-  for (int64_t number = 0; number < part.pairs_of_a_task(); ++number) {
-    const Pair<A> pair(part, task, number);
-    in.transform.template run<2, 2>(
-        buffers, {in.y.tokens, in.x.tokens},
-        [&](int b, int64_t i, int64_t n) {
-          return b == 0 ? pair.read(in.y, nullptr, in.columns, i, n) : pair.read(in.x, in.coefficients, to.grad, i, n);
-        },
-        [&](int64_t begin, int64_t end) {
-          for (int64_t at = begin * Transform<A>::kElement; at < end * Transform<A>::kElement;
-               at += Transform<A>::kElement) {
-            const Complex<A> keys = load_complex(buffers[0] + at), queries = load_complex(buffers[1] + at);
-            const Complex<A> h = load_complex(symbol + at);
-            if (dspectrum) {
-              // The real part of what has this spectrum is the correlations of both sequences.
-              store_complex(dspectrum + at, load_complex(dspectrum + at) + queries.times(keys.conj()));
+  const A *x = scratch.x, *y = scratch.y;
+  A *dx = scratch.dx, *dy = scratch.dy;
+  for (int64_t feature = part.features.begin; feature < part.features.end; ++feature) {
+    const A* spectrum = spectrum_of(in, feature, scratch.spectrum);
+    A* dspectrum = to.dspectrum;
+    if (to.dsymbols.at) {
+      dspectrum = scratch.dspectrum;
+      std::fill_n(dspectrum, in.transform.buffer_size(), A{0});
+    }
+    const Factors& factors = in.factors[feature];
+    make_monomial(factors, in.x, scratch.x);
+    make_monomial(factors, in.y, scratch.y);
+    std::fill_n(dx, in.x.size, A{0});
+    std::fill_n(dy, in.y.size, A{0});
+    const A weight = in.coefficients[feature];
+    for (int64_t c = part.columns.begin; c < part.columns.end; ++c) {
+      const A *column = in.columns.row(c), *grad = to.grad.row(c);
+      A* dcolumn = to.dcolumns.row(c);
+      in.transform.template run<2, 2>(
+          scratch.buffers,
+          [&](int b, int64_t i) LLMKERN_INLINE {
+            return b == 0 ? lanes_at(y, i) * lanes_at(column, i) : weight * lanes_at(x, i) * lanes_at(grad, i);
+          },
+          [&](int64_t place, Complex<A>(&of)[2]) LLMKERN_INLINE {
+            const int64_t i = place * Transform<A>::kElement;
+            const Complex<A> keys = of[0], queries = of[1], h = load_complex(spectrum + i);
+            if (dspectrum) store_complex(dspectrum + i, load_complex(dspectrum + i) + queries.times(keys.conj()));
+            of[0] = keys.times(h);
+            of[1] = queries.times(h.conj());
+          },
+          [&](int b, int64_t i, const Complex<A>& found) LLMKERN_INLINE {
+            if (b == 0) {
+              add_to(dx + i, weight * lanes_at(grad, i) * found.re);
+            } else {
+              add_to(dy + i, lanes_at(column, i) * found.re);
+              add_to(dcolumn + i, lanes_at(y, i) * found.re);
             }
-            store_complex(buffers[0] + at, keys.times(h));
-            store_complex(buffers[1] + at, queries.times(h.conj()));
-          }
-        },
-        {in.x.tokens, in.y.tokens},
-        [&](int b, int64_t i, int64_t n, const Complex<A>& x) {
-          if (b == 0) {
-            pair.write(in.x.tokens, i, n, x, [&](const Sequence& s, auto lanes, Lanes<A> seen) {
-              const Lanes<A> slope = load(to.grad.row(s.column) + i, lanes) * in.coefficients[s.feature];
-              add_to(to.dx.row(s.feature) + i, slope * seen, lanes);
-            });
-            return;
-          }
-          pair.write(in.y.tokens, i, n, x, [&](const Sequence& s, auto lanes, Lanes<A> pulled) {
-            add_to(to.dy.row(s.feature) + i, load(in.columns.row(s.column) + i, lanes) * pulled, lanes);
-            add_to(to.dcolumns.row(s.column) + i, load(in.y.row(s.feature) + i, lanes) * pulled, lanes);
           });
-        });
+    }
+    pull_monomial(factors, in.x, dx, to.dx);
+    pull_monomial(factors, in.y, dy, to.dy);
+    if (to.dsymbols.at) transform_symbol_back(in.transform, dspectrum, to.dsymbols.row(feature));
   }
-  if (to.dsymbols.at) transform_symbol_back(in.transform, dspectrum, to.dsymbols.row(part.features.begin + task));
 }
 
 }  // namespace CPU_CAPABILITY

@@ -282,16 +282,16 @@ def test_fast_lengths() -> None:
 @pytest.mark.parametrize("is_own", [False, True])
 def test_transforms_are_those_of_torch(length: int, is_own: bool) -> None:
     """Every radix; more queries than keys; and the same bits from one thread as from two."""
-    rows, features, width = (length + 1) // 2, 11, 3
-    keys = length + 1 - rows
-    shapes = [(features, rows), (features, keys), (keys, width), (features if is_own else 1, length), (features,)]
+    rows, dim, degree, width = (length + 1) // 2, 2, 4, 3
+    keys, features = length + 1 - rows, monomials(dim, degree).count
+    shapes = [(dim, rows), (dim, keys), (keys, width), (features if is_own else 1, length), (features,)]
     shapes += [(features,), (rows, width)]
     *wide, grad = (normal(*shape, seed=i, dtype=torch.float64) for i, shape in enumerate(shapes))
     for dtype in (torch.float32, torch.float64):
         inputs, slope = [x.to(dtype) for x in wide], grad.to(dtype)
         base = inputs if dtype == torch.float32 else [nudge(x) for x in wide]
         ours, truth, plain = (
-            [forward(*x), *backward(g, *x[:5], True)]
+            [forward(*x, degree), *backward(g, *x[:5], degree, True)]
             for forward, backward, x, g in (
                 (torch.ops.llmkern.toeplitz_fourier_fwd, torch.ops.llmkern.toeplitz_fourier_bwd, inputs, slope),
                 (fourier_reference, fourier_backward_reference, [x.double() for x in inputs], slope.double()),
@@ -303,7 +303,7 @@ def test_transforms_are_those_of_torch(length: int, is_own: bool) -> None:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        assert torch.equal(torch.ops.llmkern.toeplitz_fourier_fwd(*inputs), ours[0])
+        assert torch.equal(torch.ops.llmkern.toeplitz_fourier_fwd(*inputs, degree), ours[0])
     finally:
         torch.set_num_threads(threads)
 
@@ -315,7 +315,7 @@ def test_rounding_of_transforms_is_bounded_by_norms(is_own: bool) -> None:
     degrees = torch.from_numpy(tables.degrees)
     x, y, orders = normal(3, n, seed=1).double(), normal(3, n, seed=2).double(), normal(5, seed=3).double().abs()
     symbols = normal(tables.count if is_own else 1, 2 * n - 1, seed=4).double()
-    product = FourierProduct(n, n)
+    product = FourierProduct(n, n, 4)
     unit = TRANSFORMS * math.log2(2 * product.length) * torch.finfo(torch.float64).eps
 
     def of_monomials(x: Tensor, y: Tensor) -> Tensor:
@@ -332,16 +332,23 @@ def test_rounding_of_transforms_is_bounded_by_norms(is_own: bool) -> None:
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_products_have_the_gradients_of_what_they_compute(method: str, is_own: bool, is_causal: bool) -> None:
     """Each by itself: in attention what is exact beside them would hide much."""
-    layout, features, width = Layout.of(96, 16, is_causal), 5, 3
-    n = layout.tokens
-    shapes = [(features, n), (features, n), (n, width), (features if is_own else 1, 2 * n - 1)]
-    shapes += [(features,), (features,), (n, width)]
+    layout, tables, width = Layout.of(96, 16, is_causal), monomials(2, 3), 3
+    n, features, is_blocks = layout.tokens, tables.count, method == "blocks"
+    shapes = [(2, n), (2, n), (n, width), (features if is_own else 1, 2 * n - 1), (features,), (features,), (n, width)]
     *leaves, coefficients, moments, grad = (normal(*s, seed=i, dtype=torch.float64) for i, s in enumerate(shapes))
-    product = BlockProduct(layout, 4, grad) if method == "blocks" else FourierProduct(n, n)
-    forward = product.forward if method == "blocks" else fourier_reference
-    out = forward(*(x.requires_grad_() for x in leaves), coefficients, moments)[:, :-1]
+    x, y, *others = (t.requires_grad_() for t in leaves)
+    if is_blocks:
+        product = BlockProduct(layout, 4, grad)
+        out = product.forward(tables.rows(x), tables.rows(y), *others, coefficients, moments)[:, :-1]
+    else:
+        product = FourierProduct(n, n, 3)
+        out = fourier_reference(x, y, *others, coefficients, moments, 3)[:, :-1]
     truth = torch.autograd.grad(out, leaves, grad)
-    ours = product.backward(grad, *(x.detach() for x in leaves), coefficients, True)
+    with torch.no_grad():
+        inputs = [tables.rows(x), tables.rows(y)] if is_blocks else [x, y]
+        ours = list(product.backward(grad, *inputs, *others, coefficients, True))
+        if is_blocks:
+            ours[:2] = (tables.pull(*pair) for pair in ((x, ours[0]), (y, ours[1])))
     rounding = n * features * width * torch.finfo(torch.float64).eps
     for name, got, true in zip(("x", "y", "columns", "symbols"), ours, truth):
         assert (got - true).norm() <= rounding * true.norm(), name

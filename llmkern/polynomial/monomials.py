@@ -93,6 +93,27 @@ class Monomials:
         products = [panel[..., b.start : b.start + b.count, :] * x[..., b.dim : b.dim + 1, :] for b in self.blocks[1:]]
         return torch.cat([panel, *products], -2)
 
+    def pull(self, x: Tensor, slope: Tensor) -> Tensor:
+        """(d, n), and the gradient of its rows (R, n) -> that of x."""
+        rows = self.rows(x)
+        pulled = torch.zeros_like(x)
+        for variable, (has, less) in enumerate(self._without):
+            times = torch.from_numpy(self.exponents[has, variable]).to(x)
+            pulled[variable] = (slope[has] * rows[less]).mT @ times
+        return pulled
+
+    @functools.cached_property
+    def _without(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """By variable, the monomials that have it and those with one factor of it less."""
+        row_of = {tuple(e): row for row, e in enumerate(self.exponents.tolist())}
+        found = []
+        for variable in range(self.dim):
+            has = self.exponents[:, variable].nonzero()[0]
+            less = self.exponents[has].copy()
+            less[:, variable] -= 1
+            found.append((has, np.array([row_of[tuple(e)] for e in less.tolist()], np.int64)))
+        return found
+
     def coefficients(self, polynomial: Tensor) -> Tensor:
         """(.., g + 1) coefficients of p -> (.., R) those of the monomials in p(x.y)."""
         degrees = torch.from_numpy(self.degrees).to(polynomial.device)

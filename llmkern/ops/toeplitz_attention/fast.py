@@ -81,7 +81,7 @@ class Problem:
         self.product: BlockProduct | FourierProduct
         self.near: Near | None = None
         if route.layout is None:
-            self.product = FourierProduct(q.shape[2], k.shape[2])
+            self.product = FourierProduct(q.shape[2], k.shape[2], fit.degree)
         else:
             self.product = BlockProduct(route.layout, route.nodes, q)
             self.near = Near(route.layout, q, k, v, relative, support, key_bias, route.scale)
@@ -113,13 +113,15 @@ class Problem:
         weights = self.tables.coefficients(self.orders)
         for b, h in self.heads():
             variables = self.variables(b, h)
-            x, y = (self.tables.rows(t) for t in variables)
             symbols, top = symbols_of(self.relative[h], self.tables, self.support, self.unseen)
-            sums = self.product.forward(x, y, self.columns(b, h), symbols, self.coefficients, self.moments)
+            options = (self.columns(b, h), symbols, self.coefficients, self.moments)
             if isinstance(self.product, BlockProduct):
                 assert interpolation is not None
+                x, y = (self.tables.rows(t) for t in variables)
+                sums = self.product.forward(x, y, *options)
                 errors = self.product.errors(x, y, weights, symbols, interpolation[h]).T
             else:
+                sums = self.product.forward(*variables, *options)
                 errors = torch.zeros_like(sums[:, :2].T)
                 errors[1] = self.product.errors(*variables, self.orders, symbols, self.degrees)
             far, z, moment = sums[:, :-2], sums[:, -2], sums[:, -1]
@@ -156,18 +158,16 @@ class Problem:
         slope = torch.cat([grad, -(grad * out).sum(-1, keepdim=True)], -1)
         for b, h in self.heads():
             kv = h // self.group
-            with torch.enable_grad():
-                variables = [t.detach().requires_grad_() for t in self.variables(b, h)]
-                symbol = self.relative[h].detach().requires_grad_(want_relative)
-                x, y = (self.tables.rows(t) for t in variables)
-                symbols, top = symbols_of(symbol, self.tables, self.support, self.unseen)
-            scaled = slope[b, h] * (top.detach() - lse[b, h]).exp()[:, None]
-            found = self.product.backward(
-                scaled, x.detach(), y.detach(), self.columns(b, h), symbols.detach(), self.coefficients, want_relative
-            )
-            dx, dy = (
-                torch.autograd.grad(*pair)[0] for pair in ((x, variables[0], found.x), (y, variables[1], found.y))
-            )
+            x, y = self.variables(b, h)
+            symbols, top = symbols_of(self.relative[h], self.tables, self.support, self.unseen)
+            scaled = slope[b, h] * (top - lse[b, h]).exp()[:, None]
+            options = (self.columns(b, h), symbols, self.coefficients, want_relative)
+            if isinstance(self.product, BlockProduct):
+                found = self.product.backward(scaled, self.tables.rows(x), self.tables.rows(y), *options)
+                dx, dy = self.tables.pull(x, found.x), self.tables.pull(y, found.y)
+            else:
+                found = self.product.backward(scaled, x, y, *options)
+                dx, dy = found.x, found.y
             if self.support is None:
                 dq[b, h] += self.route.scale * dx.mT
                 dk[b, kv] += dy.mT
@@ -178,10 +178,11 @@ class Problem:
             dv[b, kv] += dcolumns[:, :-1]
             if drelative is not None and found.symbols is not None:
                 # The top is a constant that cancels, not the maximum's own gradient.
-                drelative[h] += (
-                    found.symbols * symbols.detach()
+                seen = slice(self.unseen, None)
+                drelative[h, :, seen] += (
+                    found.symbols[:, seen] * symbols[:, seen]
                     if self.support is None
-                    else torch.autograd.grad(symbols, symbol, found.symbols)[0]
+                    else self.tables.pull(self.relative[h, :, seen], found.symbols[:, seen])
                 )
         return dq, dk, dv, drelative
 

@@ -2,10 +2,9 @@ r"""Sums over all keys by fast Fourier transforms: for symbols of any shape. One
 
     N_i = sum_alpha coefficient_alpha x_i^alpha (symbol_alpha * (y^alpha columns))_i
 
-Convolutions are linear: of length N + M - 1 at least, so that nothing wraps around, and a product of powers of 2, 3 and
-5; symbols are transformed once. In C++ features are made and consumed as transforms read and write them; what stands
-here goes by
-``torch.fft``, in batches that stay in the cache: the reference, and what GPUs run.
+Convolutions are linear: nothing wraps around. In C++ features are made and consumed as transforms read and write them;
+what stands here goes by ``torch.fft``, over lengths of at least N + M - 1, products of powers of 2, 3 and 5, and in
+batches that stay in the cache: the reference, and what GPUs run. Symbols are transformed once.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from llmkern._library import define_op
 from llmkern.ops.toeplitz_attention.blocks import Gradients
+from llmkern.polynomial import monomials
 
 # Numbers that one batch of features transforms at a time.
 BATCH = 2**18
@@ -37,17 +37,18 @@ def fast_length(least: int) -> int:
 
 
 class FourierProduct:
-    """``rows`` queries, ``keys`` keys; symbols are of the distances -(keys - 1) .. rows - 1."""
+    """``rows`` queries, ``keys`` keys; symbols are of the distances -(keys - 1) .. rows - 1, x and y (d, tokens) the
+    variables of monomials up to ``degree``."""
 
-    def __init__(self, rows: int, keys: int) -> None:
-        self.rows, self.keys = rows, keys
+    def __init__(self, rows: int, keys: int, degree: int) -> None:
+        self.degree = degree
         self.length = fast_length(max(2, rows + keys - 1))
 
     def forward(
         self, x: Tensor, y: Tensor, columns: Tensor, symbols: Tensor, coefficients: Tensor, moments: Tensor
     ) -> Tensor:
         """(rows, c + 1): N, and beside it its last column with the weights ``moments`` in place of the others."""
-        return torch.ops.llmkern.toeplitz_fourier_fwd(x, y, columns, symbols, coefficients, moments)
+        return torch.ops.llmkern.toeplitz_fourier_fwd(x, y, columns, symbols, coefficients, moments, self.degree)
 
     def backward(
         self,
@@ -59,13 +60,13 @@ class FourierProduct:
         coefficients: Tensor,
         want_symbols: bool,
     ) -> Gradients:
-        """Of N (rows, c)."""
+        """Of N (rows, c); to x and y, the variables."""
         inputs = (x, y, columns, symbols, coefficients)
-        dx, dy, dcolumns, dsymbols = torch.ops.llmkern.toeplitz_fourier_bwd(grad, *inputs, want_symbols)
+        dx, dy, dcolumns, dsymbols = torch.ops.llmkern.toeplitz_fourier_bwd(grad, *inputs, self.degree, want_symbols)
         return Gradients(dx, dy, dcolumns, dsymbols if want_symbols else None)
 
     def errors(self, x: Tensor, y: Tensor, orders: Tensor, symbols: Tensor, degrees: Tensor) -> Tensor:
-        """(rows,): what the rounding of transforms adds to sums of monomials, at most; x and y (d, tokens) variables.
+        """(rows,): what the rounding of transforms adds to sums of monomials, at most.
 
         Rounding is |y^alpha| |symbol_alpha| in the norms of sequences, and by Cauchy and Schwarz, with sum_alpha m! /
         alpha! x^2alpha = |x|^2m, sum_alpha m! / alpha! |x_i^alpha| |y^alpha| <= |x_i|^m (sum_j |y_j|^2m)^1/2.
@@ -105,9 +106,11 @@ def _batches(spectrum: Tensor, features: int, width: int, length: int) -> Iterat
 
 
 def fourier_reference(
-    x: Tensor, y: Tensor, columns: Tensor, symbols: Tensor, coefficients: Tensor, moments: Tensor
+    x: Tensor, y: Tensor, columns: Tensor, symbols: Tensor, coefficients: Tensor, moments: Tensor, degree: int
 ) -> Tensor:
-    """x (R, rows), y (R, keys), columns (keys, c), symbols (1 or R, N + M - 1) -> N of ``FourierProduct``."""
+    """x (d, rows), y (d, keys), columns (keys, c), symbols (1 or R, N + M - 1) -> N of ``FourierProduct``."""
+    tables = monomials(len(x), degree)
+    x, y = tables.rows(x), tables.rows(y)
     rows, length = x.shape[1], fast_length(symbols.shape[1])
     spectrum = _spectrum(symbols, rows, length)
     total = columns.new_zeros(columns.shape[1] + 1, rows)
@@ -120,9 +123,18 @@ def fourier_reference(
 
 
 def fourier_backward_reference(
-    grad: Tensor, x: Tensor, y: Tensor, columns: Tensor, symbols: Tensor, coefficients: Tensor, want_symbols: bool
+    grad: Tensor,
+    variables: Tensor,
+    key_variables: Tensor,
+    columns: Tensor,
+    symbols: Tensor,
+    coefficients: Tensor,
+    degree: int,
+    want_symbols: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, y, columns and symbols; the last is empty where it is not wanted."""
+    """Gradients of the variables, columns and symbols; the last is empty where it is not wanted."""
+    tables = monomials(len(variables), degree)
+    x, y = tables.rows(variables), tables.rows(key_variables)
     rows, keys, length = x.shape[1], y.shape[1], fast_length(symbols.shape[1])
     spectrum = _spectrum(symbols, rows, length)
     dx, dy, dcolumns = torch.empty_like(x), torch.empty_like(y), torch.zeros_like(columns.mT)
@@ -141,6 +153,7 @@ def fourier_backward_reference(
                 dspectrum += pairs.sum(0, keepdim=True)
             else:
                 dspectrum[part] = pairs
+    dx, dy = tables.pull(variables, dx), tables.pull(key_variables, dy)
     if dspectrum is None:
         return dx, dy, dcolumns.mT, symbols.new_empty(0)
     circle = torch.fft.irfft(dspectrum, n=length)
@@ -149,18 +162,18 @@ def fourier_backward_reference(
 
 define_op(
     "toeplitz_fourier_fwd",
-    "(Tensor x, Tensor y, Tensor columns, Tensor symbols, Tensor coefficients, Tensor moments) -> Tensor",
+    "(Tensor x, Tensor y, Tensor columns, Tensor symbols, Tensor coefficients, Tensor moments, int degree) -> Tensor",
     stem="toeplitz_attention",
     reference=fourier_reference,
     fake=lambda x, y, columns, *_: x.new_empty(columns.shape[1] + 1, x.shape[1]).mT,
 )
 define_op(
     "toeplitz_fourier_bwd",
-    "(Tensor grad, Tensor x, Tensor y, Tensor columns, Tensor symbols, Tensor coefficients, bool want_symbols)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor x, Tensor y, Tensor columns, Tensor symbols, Tensor coefficients, int degree,"
+    " bool want_symbols) -> (Tensor, Tensor, Tensor, Tensor)",
     stem="toeplitz_attention",
     reference=fourier_backward_reference,
-    fake=lambda grad, x, y, columns, symbols, coefficients, want_symbols: (
+    fake=lambda grad, x, y, columns, symbols, coefficients, degree, want_symbols: (
         torch.empty_like(x),
         torch.empty_like(y),
         columns.new_empty(columns.shape[::-1]).mT,
