@@ -8,9 +8,11 @@ generic, default, SSE41 and SSE4_2.
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -76,6 +78,7 @@ def polynomial_rates() -> dict[str, object]:
         q, k, v = bounded(n, size, bound, "cpu")
         for c, taken in ((False, seconds), (True, causal)):
             plan = llmkern.plan_attention(q, k, v, is_causal=c, rtol=rtol, method="polynomial")
+            plan = replace(plan, top_bf16=False)
             if not c:
                 work.append((2 * n * plan.features * (size + 2), 2 * n, 2 * n * 2 * size))
             taken.append(
@@ -92,9 +95,28 @@ def polynomial_rates() -> dict[str, object]:
     return dict(zip(names, (*rates, *fit(chunks, left))))
 
 
+def paired_rate(product: float) -> float:
+    """What pairs of bfloat16 save of the products that go by them, where the plan has them."""
+    n, saved = POLYNOMIAL_TOKENS, []
+    for size in (32, 64, 128):
+        q, k, v = bounded(n, size, 0.5, "cpu")
+        plan = llmkern.plan_attention(q, k, v, rtol=1e-2, method="polynomial")
+        if not plan.top_bf16:
+            return math.inf
+        fine, coarse = (
+            seconds_of_a_thread(functools.partial(llmkern.rope_attention, q, k, v, plan=replace(plan, top_bf16=top)))
+            for top in (False, True)
+        )
+        paired = math.comb(size + plan.degree - 1, plan.degree)
+        saved.append((fine - coarse) / (2 * n * paired * size))
+        print(f"# d={size}: {fine:.2e} s, with pairs {coarse:.2e}")
+    return product - statistics.median(saved)
+
+
 if __name__ == "__main__":
     with torch.no_grad():
         found = exact_rates() | polynomial_rates()
+        found["product_bf16"] = paired_rate(float(found["product"]))
     print(f'    "{cpu_build.isa}": Rates(')
     for name, value in found.items():
         numbers = value if isinstance(value, tuple) else (value,)

@@ -81,6 +81,8 @@ test_targets = measure(case(65536, *target, is_causal=c) for target in TARGETS f
 test_gradients = measure(
     case(n, *target, is_causal=c, mode="full") for n in (16384, 65536) for target in TARGETS for c in (False, True)
 )
+# The highest degree in bfloat16.
+test_coarse = measure(case(65536, 64, 0.5, 1e-2, is_causal=c) for c in (False, True))
 test_growth = measure(case(2**k, 8, 2.0, 1e-3, sweep="N", peer=k <= 16) for k in range(14, 19))
 test_decaying_spectrum = measure([case(32768, 64, 1.0, 3e-3, decay=1.0)])
 # Where exact attention is the right choice, choosing must cost nothing.

@@ -40,6 +40,15 @@ std::map<std::string, std::string> build_info() {
   return info;
 }
 
+// Whether kernels may multiply pairs of bfloat16 here: plans ask.
+bool multiplies_bf16() {
+#if defined(CPU_CAPABILITY_AVX512)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 void register_ops() {
   // Kernels stay registered as long as this object lives, which is for good.
   static torch::Library library(torch::Library::IMPL, "llmkern", c10::DispatchKey::CPU, __FILE__, __LINE__);
@@ -62,6 +71,7 @@ PYBIND11_MODULE(LLMKERN_MODULE, m) {
   m.def("build_info", [] {
     pybind11::dict info;
     for (const auto& [key, value] : llmkern::build_info()) info[pybind11::str(key)] = value;
+    info["bf16"] = llmkern::multiplies_bf16() ? "pairs" : "";
     return info;
   });
   m.def("register_ops", &llmkern::register_ops);

@@ -131,16 +131,18 @@ inline int64_t whole_columns(int64_t width) {
 inline int64_t moments_scratch(int64_t width, int64_t stride) { return 2 * width * stride; }
 
 // state[row][c] += weights[row] times the sum over tokens of monomial row times columns[c], for rows
-// [row_begin, row_end).
+// [row_begin, row_end). Without ``top`` whole columns but the last, of rows whose features are never built,
+// are left out.
 template <typename A>
 inline void add_moments(const Monomials& tables, const A* panel, const A* columns, int64_t width, int64_t tokens,
-                        int64_t stride, const A* weights, A* scratch, A* state, int64_t row_begin, int64_t row_end) {
-  const int64_t whole = whole_columns<A>(width);
+                        int64_t stride, const A* weights, A* scratch, A* state, int64_t row_begin, int64_t row_end,
+                        bool top = true) {
+  const int64_t whole = whole_columns<A>(top ? width : width - 1);
   A *values = scratch, *scaled = values + whole * tokens, *scaled_columns = scaled + whole * tokens;
   rows_over_tokens([&](int64_t c) { return columns + c * stride; }, whole, tokens, whole, whole, values);
   columns += whole * stride;
   const auto scale = [&](const A* by) {
-    for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t t = 0; top && t < tokens; ++t) {
       for (int64_t c = t * whole; c < (t + 1) * whole; c += kLanes<A>)
         store(scaled + c, load(values + c, All{}) * fill(by[t]), All{});
     }
@@ -157,7 +159,8 @@ inline void add_moments(const Monomials& tables, const A* panel, const A* column
     held = block.dim;
     const A *features = panel + (block.start + begin - block.row) * stride, *by = weights + begin;
     A* to = state + begin * width;
-    outer(end - begin, tokens, whole, features, stride, 1, block.dim < 0 ? values : scaled, whole,
+    const int64_t outer_columns = top || block.dim < 0 ? whole : 0;
+    outer(end - begin, tokens, outer_columns, features, stride, 1, block.dim < 0 ? values : scaled, whole,
           [&]<int M, int N>(int64_t m, int64_t c, const Tile<M, N, A>& tile) {
 #pragma GCC unroll 8
             for (int i = 0; i < M; ++i) {
@@ -175,13 +178,14 @@ inline void add_moments(const Monomials& tables, const A* panel, const A* column
 
 // out[c][token] += sum over rows of by_degree[degree of row] state[row][c] times monomial row.
 // last(block, token, x) takes for each register of tokens the sum over the block's rows of the last column, without
-// by_degree.
+// by_degree. The first ``without_top`` columns do without the rows whose features are never built.
 template <typename A, typename Last>
 inline void apply_state(const Monomials& tables, const A* panel, int64_t tokens, int64_t stride, const A* state,
-                        int64_t width, const A* by_degree, A* out, Last last) {
+                        int64_t width, const A* by_degree, A* out, Last last, int64_t without_top = 0) {
   for_token_tiles<A>(tokens, [&]<int N>(int64_t t) {
-    for_row_tiles<kTokenTileRows>(width, [&]<int M>(int64_t c) {
+    const auto columns = [&]<int M>(int64_t c) {
       for (const auto& block : tables.blocks) {
+        if (c < without_top && block.dim >= 0) continue;
         const auto tile = outer_tile<M, N, A>(block.count, state + block.row * width + c, 1, width,
                                               panel + block.start * stride + t, stride);
         const A* by = block.dim < 0 ? panel : variable_row(panel, block.dim, stride);
@@ -194,7 +198,10 @@ inline void apply_state(const Monomials& tables, const A* panel, int64_t tokens,
         update_tile(out + c * stride + t, stride, tile,
                     [&](Lanes<A> old, Lanes<A> sums, int n) { return old + x[n] * sums; });
       }
-    });
+    };
+    for_row_tiles<kTokenTileRows>(without_top, columns);
+    for_row_tiles<kTokenTileRows>(width - without_top,
+                                  [&]<int M>(int64_t c) { columns.template operator()<M>(without_top + c); });
   });
 }
 

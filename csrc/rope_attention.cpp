@@ -92,14 +92,15 @@ struct Inputs {
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> rope_attention_fwd(
     const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const Optional& key_bias, const at::Tensor& table,
     const Optional& cu_q, const Optional& cu_k, bool is_causal, int64_t degree, int64_t contact, int64_t leading,
-    int64_t chunk, double rtol) {
+    int64_t chunk, double rtol, bool top_bf16) {
   at::Tensor out = at::empty({q.size(0), q.size(1), q.size(2), v.size(3)}, v.options());
   at::Tensor normalizer = at::empty({q.size(0), q.size(1), q.size(2)}, q.options());
   at::Tensor exact = at::empty(normalizer.sizes(), q.options().dtype(at::kBool));
   at::Tensor state;
   LLMKERN_DISPATCH(v.scalar_type(), [&] {
     using A = Acc<scalar_t>;
-    const Inputs<scalar_t> in(q, k, v, key_bias, table, cu_q, cu_k, {is_causal, degree, contact, leading, chunk});
+    const Inputs<scalar_t> in(q, k, v, key_bias, table, cu_q, cu_k,
+                              {is_causal, degree, contact, leading, chunk, top_bf16});
     state = at::empty({table.size(0), k.size(1), in.tables.count() + 1, v.size(3) + 1}, q.options());
     for_rows(in.problems(), [&](int64_t index, int64_t) {
       const int64_t row = in.query_row(in.parts[index / in.kv_heads], index % in.kv_heads);

@@ -43,16 +43,18 @@ class CausalScan {
   void scan(int64_t begin, int64_t end, A* state, double weight) const {
     const int64_t chunk = in_.options.chunk, tokens = kTileTokens<A>;
     const KeyPanel<T> panel(side_, chunk);
+    RowStates<T> states(in_);
     for (int64_t at = begin; at < end; at += chunk) {
       const int64_t row_end = std::min(end, at + chunk), key_end = std::min(row_end, in_.keys);
       const GatheredKeys<T> recent(side_, std::max<int64_t>(0, key_end - at), [&](int64_t i) { return at + i; });
+      const RowState<A> before = states.of(at && in_.keys ? state : nullptr);
       const int64_t tiles = (row_end - at + tokens - 1) / tokens;
       at::parallel_for(0, in_.group * tiles, 1, [&](int64_t first, int64_t last) {
         RowTile<T> tile(side_, tokens, rtol_);
         for (int64_t task = first; task < last; ++task) {
           const int64_t g = task / tiles, row = at + task % tiles * tokens;
-          tile.run(g, row, std::min(tokens, row_end - row), heads_[g], at && in_.keys ? state : nullptr, weight,
-                   heavy_.block(), at, recent.block(), to_);
+          tile.run(g, row, std::min(tokens, row_end - row), heads_[g], before, weight, heavy_.block(), at,
+                   recent.block(), to_);
         }
       });
       weight += add_keys(side_, panel, at, key_end, state);

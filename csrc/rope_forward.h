@@ -13,14 +13,15 @@ inline void forward_full(const KeySide<T>& side, double rtol, const ForwardOutpu
   const int64_t tokens = kTileTokens<A>;
   const double weight = sum_keys(side, in.keys, to.state);
   const GatheredKeys<T> heavy(side, side.heavy_keys.size(), [&](int64_t i) { return side.heavy_keys[i]; });
+  RowStates<T> states(in);
+  const RowState<A> state = states.of(to.state);
   for (int64_t g = 0; g < in.group; ++g) {
     const HeadWeights<T> head(in, g);
     at::parallel_for(0, (in.queries + tokens - 1) / tokens, 1, [&](int64_t first, int64_t last) {
       RowTile<T> tile(side, tokens, rtol);
       for (int64_t task = first; task < last; ++task) {
         const int64_t begin = task * tokens;
-        tile.run(g, begin, std::min(tokens, in.queries - begin), head, to.state, weight, heavy.block(), in.keys, {},
-                 to);
+        tile.run(g, begin, std::min(tokens, in.queries - begin), head, state, weight, heavy.block(), in.keys, {}, to);
       }
     });
   }

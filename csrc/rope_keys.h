@@ -27,11 +27,15 @@ class KeyPanel {
         stride_(token_stride<A>(std::min(kPanelTokens, tokens))),
         panel_(panel_rows(side.in.tables) * stride_),
         columns_(side.in.width() * stride_),
+        features_(side.in.pairs() ? panel_rows(side.in.tables) * stride_ / 2 : 0),
         multiplicity_(side.in.tables.multiplicity.begin(), side.in.tables.multiplicity.end()) {}
 
   // Of keys [begin, begin + count); returns the sum of their weights.
   double build(int64_t begin, int64_t count) const {
     build_key_panel(side_, begin, count, stride_, panel_.get());
+    if constexpr (std::is_same_v<A, float>) {
+      if (side_.in.pairs()) pair_tokens(side_.in.tables, panel_.get(), stride_, stride_, features_.get());
+    }
     return side_.columns(begin, count, stride_, true, columns_.get());
   }
 
@@ -39,14 +43,21 @@ class KeyPanel {
 
   // Rows [begin, end) of state (count, width) += moments times multiplicities.
   void add_to(A* state, int64_t begin, int64_t end, A* scratch) const {
-    add_moments(side_.in.tables, panel_.get(), columns_.get(), side_.in.width(), stride_, stride_, multiplicity_.data(),
-                scratch, state, begin, end);
+    const Problem<T>& in = side_.in;
+    add_moments(in.tables, panel_.get(), columns_.get(), in.width(), stride_, stride_, multiplicity_.data(), scratch,
+                state, begin, end, !in.pairs());
+    if constexpr (std::is_same_v<A, float>) {
+      if (in.pairs())
+        add_moments_of_pairs(in.tables, features_.get(), panel_.get(), columns_.get(), in.width(), stride_, stride_,
+                             multiplicity_.data(), scratch, state, begin, end);
+    }
   }
 
  private:
   const KeySide<T>& side_;
   int64_t stride_;
   Buffer<A> panel_, columns_;
+  Buffer<Pair> features_;
   std::vector<A> multiplicity_;
 };
 

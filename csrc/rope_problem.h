@@ -4,7 +4,7 @@
 
 #include "common.h"
 #include "exact_pairs.h"
-#include "polynomial.h"
+#include "polynomial_pairs.h"
 
 namespace llmkern {
 inline namespace CPU_CAPABILITY {
@@ -54,6 +54,8 @@ class Buffer {
 struct Options {
   bool is_causal;
   int64_t degree, contact, leading, chunk;
+  // Products of the highest degree in bfloat16.
+  bool top_bf16 = false;
 };
 
 // A row of the table.
@@ -88,6 +90,11 @@ struct Problem {
   const double* table;
 
   int64_t width() const { return value_dim + 1; }
+  // Whether values are multiplied with features of the highest degree in bfloat16. The last column, whose sums certify,
+  // never is.
+  bool pairs() const {
+    return options.top_bf16 && std::is_same_v<A, float> && multiplies_bf16() && tables.leading == dim;
+  }
   const A* query(int64_t g, int64_t i) const { return q + g * q_head + i * dim; }
   Coefficients<A> coefficients(int64_t g) const { return {table + g * (options.degree + 7), options.degree}; }
 };

@@ -2,6 +2,8 @@
 // the certificate.
 #pragma once
 
+#include <optional>
+
 #include "rope_exact.h"
 
 namespace llmkern {
@@ -19,6 +21,32 @@ struct HeadWeights {
   std::vector<A> value, error;
 };
 
+// Sums over keys as rows want them: all, and where the highest degree goes by pairs those once more.
+template <typename A>
+struct RowState {
+  const A* rows = nullptr;
+  const PairedState* top = nullptr;
+};
+
+template <typename T, typename A = Acc<T>>
+class RowStates {
+ public:
+  explicit RowStates(const Problem<T>& in) : width_(in.width()) {
+    if (in.pairs()) top_.emplace(in.tables, in.value_dim);
+  }
+
+  RowState<A> of(const A* rows) {
+    if constexpr (std::is_same_v<A, float>) {
+      if (top_ && rows) top_->fill(rows, width_);
+    }
+    return {rows, top_ && rows ? &*top_ : nullptr};
+  }
+
+ private:
+  int64_t width_;
+  std::optional<PairedState> top_;
+};
+
 // Tokens of queries under way: panel, sums, limits. One per task.
 template <typename T>
 class RowTile {
@@ -32,25 +60,33 @@ class RowTile {
         stride_(token_stride<A>(tokens)),
         panel_(panel_rows(in_.tables) * stride_),
         sums_((in_.width() + 2) * stride_),
-        scratch_((kKeyBlock + 2) * stride_) {}
+        scratch_((kKeyBlock + 2) * stride_),
+        paired_(in_.pairs() ? (panel_rows(in_.tables) + 1) / 2 * stride_ : 0) {}
 
-  // Rows [begin, begin + count) of head g. ``state``: of the keys that come before, or null; ``weight``: the sum of its
+  // Rows [begin, begin + count) of head g. ``state``: of the keys that come before, or none; ``weight``: the sum of its
   // weights; ``heavy``: keys beyond the limit, of which those before ``heavy_end`` count; ``recent``: the keys of this
   // chunk, or empty.
-  void run(int64_t g, int64_t begin, int64_t count, const HeadWeights<T>& head, const A* state, double weight,
+  void run(int64_t g, int64_t begin, int64_t count, const HeadWeights<T>& head, const RowState<A>& state, double weight,
            const KeyBlock<A>& heavy, int64_t heavy_end, const KeyBlock<A>& recent, const ForwardOutput<T>& to) {
     const int64_t width = in_.width();
     const A* q = in_.query(g, begin);
     build_panel(in_.tables, q, in_.dim, count, stride_, panel_.get(), stride_);
     sums_.zero();
-    if (state) {
+    if (state.rows) {
       // Two more rows of sums: the certificate, and the tail's moment.
       A *errors = sums_.get() + width * stride_, *tails = errors + stride_;
       const auto certify = [&](const Monomials::Block& block, int64_t t, Lanes<A> x) {
         if (const A error = head.error[block.degree]) store(errors + t, load(errors + t, All{}) + error * x, All{});
         if (block.tail) store(tails + t, load(tails + t, All{}) + x, All{});
       };
-      apply_state(in_.tables, panel_.get(), stride_, stride_, state, width, head.value.data(), sums_.get(), certify);
+      apply_state(in_.tables, panel_.get(), stride_, stride_, state.rows, width, head.value.data(), sums_.get(),
+                  certify, state.top ? in_.value_dim : 0);
+      if constexpr (std::is_same_v<A, float>) {
+        if (state.top) {
+          pair_rows(in_.tables, panel_.get(), stride_, stride_, paired_.get());
+          apply_pairs(*state.top, paired_.get(), panel_.get(), stride_, stride_, head.value.data(), sums_.get());
+        }
+      }
     }
     A *p = scratch_.get(), *offset = p + kKeyBlock * stride_, *limit = offset + stride_;
     std::fill(offset, offset + stride_, side_.top);
@@ -63,7 +99,7 @@ class RowTile {
       for (int64_t t = 0; t < stride_; ++t) limit[t] = static_cast<A>(t < count ? begin + t + 1 : 0);
       add_pairs(recent, tile, width, p, sums_.get());
     }
-    finish(g, begin, count, state != nullptr, weight, to);
+    finish(g, begin, count, state.rows != nullptr, weight, to);
   }
 
  private:
@@ -102,6 +138,7 @@ class RowTile {
   double rtol_;
   int64_t stride_;
   Buffer<A> panel_, sums_, scratch_;
+  Buffer<Pair> paired_;
 };
 
 }  // namespace CPU_CAPABILITY

@@ -262,6 +262,7 @@ def rope_attention_fwd(
     leading: int,
     chunk: int,
     rtol: float,
+    top_bf16: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As ``rope_attention_reference``, which serves float64, where these kernels have no matrix products."""
     options = (is_causal, degree, contact, leading, chunk)

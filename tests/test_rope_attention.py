@@ -6,6 +6,7 @@ import functools
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import pytest
@@ -24,6 +25,7 @@ from llmkern._library import cpu_build
 from llmkern.ops.rope_attention.arguments import Arguments
 from llmkern.ops.rope_attention.exact import tiled_attention, tiles_win
 from llmkern.ops.rope_attention.function import polynomial_inputs
+from llmkern.ops.rope_attention.measure import TOP_PARTS, TOP_ROUNDING
 from llmkern.ops.rope_attention.reference import rope_attention_backward_reference, rope_attention_reference
 
 # LLMKERN_EXAMPLES=10000 is the long run.
@@ -117,6 +119,7 @@ def _softmax_in_its_dtype(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, visi
     n=st.integers(1, 90),
     m=st.integers(1, 90),
     d=st.sampled_from([1, 2, 3, 8, 16, 20]),
+    value_dim=st.sampled_from([3, 17]),
     spread_of_scores=st.floats(0.02, 3.0),
     is_causal=st.booleans(),
     rtol=st.sampled_from([0.3, 1e-2, 1e-3, 1e-4]),
@@ -129,6 +132,7 @@ def test_every_row_keeps_the_certificate(
     n: int,
     m: int,
     d: int,
+    value_dim: int,
     spread_of_scores: float,
     is_causal: bool,
     rtol: float,
@@ -138,7 +142,7 @@ def test_every_row_keeps_the_certificate(
 ) -> None:
     """Also under a plan made of other data, of which the result must not depend."""
     q, k = (normal(1, h, t, d, seed=seed + h, scale=spread_of_scores**0.5) for h, t in ((2, n), (1, m)))
-    v = normal(1, 1, m, 3, seed=seed + 3)
+    v = normal(1, 1, m, value_dim, seed=seed + 3)
     planned = [q.clone(), k.clone(), v.clone()]
     change(q, k, v)
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -148,7 +152,7 @@ def test_every_row_keeps_the_certificate(
     except ValueError:
         event("no polynomial certifies rtol")
         return
-    event("certified")
+    event("certified, in bfloat16" if plan.top_bf16 else "certified")
     out = rope_attention(q, k, v, is_causal=is_causal, enable_gqa=True, plan=plan)
     assert_certified(out, q, k, v, plan, is_causal)
 
@@ -242,6 +246,66 @@ def test_a_plan_for_other_data_costs_time_and_no_accuracy() -> None:
     plan = plan_attention(*small, method="polynomial", rtol=1e-3)
     large = [normal(1, 1, 300, 4, seed=i, scale=3.0) for i in range(3)]
     assert_certified(rope_attention(*large, plan=plan), *large, plan, False)
+
+
+# The highest degree in bfloat16 ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("dim", "degree", "value_dim"), [(5, 2, 16), (16, 2, 31), (19, 2, 33), (4, 3, 17), (7, 4, 48)])
+def test_small_whole_numbers_lose_nothing_in_bfloat16(is_causal: bool, dim: int, degree: int, value_dim: int) -> None:
+    """So that whatever is put in the wrong place shows: sums too stay within the 8 bits."""
+    n, generator = 150, torch.Generator().manual_seed(dim)
+    q, k = (torch.randint(-1, 2, (1, h, n, dim), generator=generator).float() for h in (2, 1))
+    v = torch.randint(-1, 2, (1, 1, n, value_dim), generator=generator).float()
+    k[:, :, 20:] *= torch.rand(n - 20, 1, generator=generator) < 0.2
+    v[:, :, n // 2 :] = -v[:, :, : n // 2]
+    plan = frozen_plan(1, 2, dim, bound=2.0, degree=degree, is_causal=is_causal, chunk=16, certify=False)
+    out = {}
+    for top_bf16 in (False, True):
+        chosen = replace(plan, top_bf16=top_bf16)
+        out[top_bf16] = rope_attention(q, k, v, scale=1.0, is_causal=is_causal, enable_gqa=True, plan=chosen)
+    assert (out[True] - out[False]).abs().max() <= 1e-6 * out[False].abs().max()
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("n", [514, 4112])
+def test_errors_of_bfloat16_that_add_up_keep_the_certificate(n: int, is_causal: bool) -> None:
+    """All that is rounded loses 2^-8: numbers just above a power of two, and sums of 257 keys alike; others are zero."""
+    above = 1 + 0.98 * 2.0**-8
+    q, k, v = torch.full((1, 1, n, 4), above), torch.zeros(1, 1, n, 4), torch.ones(1, 1, n, 16)
+    v[:, :, 1::2] = -1
+    for scale in (2.0**-4, 2.0**-3, 2.0**-2):
+        k[:, :, ::2] = above * scale
+        bound = 4 * above**2 * scale
+        plan = frozen_plan(1, 1, 4, bound=bound, degree=2, is_causal=is_causal, chunk=16, certify=False)
+        fine, coarse = (
+            rope_attention(q, k, v, scale=1.0, is_causal=is_causal, plan=replace(plan, top_bf16=top_bf16))
+            for top_bf16 in (False, True)
+        )
+        assert plan.table is not None
+        allowed = TOP_PARTS * TOP_ROUNDING * float(plan.table[0, 0, 2]) * bound**2
+        found = float(((fine - coarse).abs().amax(-1) / spread(v, fine.double(), 1, is_causal).clamp(min=1)).max())
+        assert found <= allowed
+        assert found > 0.05 * allowed or cpu_build.info.get("bf16") != "pairs"
+
+
+def test_bfloat16_is_taken_where_it_is_fast_and_certified() -> None:
+    q, k, v = (normal(1, 1, 3000, 64, seed=i) for i in range(3))
+    q, k = (F.normalize(x, dim=-1) for x in (q, k))
+    options = {"scale": 0.5, "method": "polynomial"}
+    plan = plan_attention(q, k, v, **options)
+    assert plan.top_bf16 == (cpu_build.info.get("bf16") == "pairs")
+    assert ("in bfloat16" in str(plan)) == plan.top_bf16
+    assert_certified(rope_attention(q, k, v, scale=0.5, plan=plan), 4 * q, k, v, plan, False)
+    assert not plan_attention(q, k, v, rtol=1e-3, **options).top_bf16
+    assert not plan_attention(q, k, v[..., :8], **options).top_bf16
+    assert not plan_attention(q.double(), k.double(), v.double(), **options).top_bf16
+    leaf = q.clone().requires_grad_()
+    assert not plan_attention(leaf, k, v, **options).top_bf16
+    # Where gradients are recorded a plan of an inference computes in float32.
+    fine = rope_attention(q, k, v, scale=0.5, plan=replace(plan, top_bf16=False))
+    assert torch.equal(rope_attention(leaf, k, v, scale=0.5, plan=plan), fine)
 
 
 # Against the matrix ---------------------------------------------------------------------------------------------------

@@ -21,6 +21,8 @@ FIXED_SECONDS = 1.2e-3
 # What gradients add: to torch's attention and to tiles, whose gradient is mostly torch's, so many forward passes of
 # torch's; to a polynomial so many of its own.
 TORCH_BACKWARD, POLYNOMIAL_BACKWARD = 2.5, 2.0
+# Columns that a register of pairs is full of.
+PAIRED_WIDTH = 16
 # What a prediction must promise before a polynomial is taken: predictions err.
 GAIN = 1.2
 
@@ -33,6 +35,7 @@ class Rates:
         torch_pair: of a pair in torch's attention, by head size (SIZES); torch_causal: share under a causal mask.
         tile_pair, tile_number: of a pair in exact tiles, and of a number of q and v in it; tile_causal: share.
         product, token, number: of the passes over features: a multiplication and addition, a token, a number of it.
+        product_bf16: of pairs of bfloat16, where ``CpuBuild.info`` has them.
         chunk_pair, chunk_number: of pairs within chunks.
     """
 
@@ -46,6 +49,7 @@ class Rates:
     number: float
     chunk_pair: float
     chunk_number: float
+    product_bf16: float = math.inf
 
     @property
     def slowest(self) -> float:
@@ -61,11 +65,12 @@ RATES = {
         tile_pair=1.2e-10,
         tile_number=9.5e-12,
         tile_causal=0.57,
-        product=1.2e-11,
+        product=9.7e-12,
         token=4.8e-08,
         number=0,
-        chunk_pair=2e-10,
-        chunk_number=1.2e-11,
+        chunk_pair=2.3e-10,
+        chunk_number=7.8e-12,
+        product_bf16=5.6e-12,
     ),
     "avx2": Rates(
         torch_pair=(1.3e-09, 1.1e-09, 1.6e-09, 2.9e-09, 5.2e-09, 1e-08),
@@ -115,7 +120,8 @@ def rates(device: str) -> Rates:
 @dataclass(frozen=True)
 class Work:
     """Sizes of one call; ``rows`` and ``keys`` of one head, ``heads`` over the batch; ``tiles``: whether exact
-    attention would be by tiles; ``gradients``: whether they will be asked for, and count."""
+    attention would be by tiles; ``gradients``: whether they will be asked for, and count; ``pairs``: whether products
+    of the highest degree may go by pairs of bfloat16."""
 
     heads: int
     kv_heads: int
@@ -127,6 +133,7 @@ class Work:
     chunk: int
     tiles: bool
     gradients: bool
+    pairs: bool
     rates: Rates
 
     @staticmethod
@@ -140,7 +147,20 @@ class Work:
             rows = keys = math.ceil(math.sqrt(pairs))
             heads, kv_heads = heads * count, kv_heads * count
         gradients, known = needs_gradients(args.q, args.k, args.v), rates(args.q.device.type)
-        return Work(heads, kv_heads, rows, keys, d, args.v.shape[3], is_causal, chunk, tiles, gradients, known)
+        width = args.v.shape[3]
+        # Narrow values leave registers of pairs empty; gradients take what is computed in float32.
+        pairs = width >= PAIRED_WIDTH and not gradients and args.q.dtype != torch.float64 and multiplies_bf16(args.q)
+        return Work(heads, kv_heads, rows, keys, d, width, is_causal, chunk, tiles, gradients, pairs, known)
+
+
+def multiplies_bf16(x: Tensor) -> bool:
+    return x.device.type == "cpu" and cpu_build.info.get("bf16") == "pairs"
+
+
+def degree_two_seconds(work: Work) -> float:
+    """The least that any polynomial takes."""
+    top = math.comb(work.dim + 1, 2)
+    return polynomial_seconds(work, math.comb(work.dim + 2, 2), top if work.pairs else 0)
 
 
 def needs_gradients(*tensors: Tensor) -> bool:
@@ -169,11 +189,14 @@ def _all_pairs(work: Work, pair: float, causal_share: float) -> float:
     return pairs * pair / torch.get_num_threads()
 
 
-def polynomial_seconds(work: Work, features: int) -> float:
+def polynomial_seconds(work: Work, features: int, paired: int = 0) -> float:
+    """``paired``: how many of the features go by pairs of bfloat16."""
     known, numbers = work.rates, work.dim + work.value_dim
     tokens_q, tokens_k = work.heads * work.rows, work.kv_heads * work.keys
     passes = tokens_q + tokens_k * (CAUSAL_KEYS if work.is_causal else 1.0)
     seconds = features * (work.value_dim + 2) * passes * known.product
+    if paired:
+        seconds -= paired * work.value_dim * passes * (known.product - known.product_bf16)
     seconds += (tokens_q + tokens_k) * (known.token + numbers * known.number)
     if work.is_causal:
         seconds += tokens_q * work.chunk * (known.chunk_pair + numbers * known.chunk_number)

@@ -53,7 +53,8 @@ def _fake_forward(
 define_op(
     "rope_attention_fwd",
     "(Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor table, Tensor? cu_q, Tensor? cu_k, bool is_causal,"
-    " int degree, int contact, int leading, int chunk, float rtol) -> (Tensor, Tensor, Tensor, Tensor)",
+    " int degree, int contact, int leading, int chunk, float rtol, bool top_bf16=False)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     stem="rope_attention",
     reference=rope_attention_reference,
     fake=_fake_forward,
@@ -114,12 +115,13 @@ class _PolynomialAttention(torch.autograd.Function):
         cu_k: Tensor | None,
         options: tuple[Any, ...],
         rtol: float,
+        top_bf16: bool,
     ) -> tuple[Tensor, ...]:
-        return torch.ops.llmkern.rope_attention_fwd(q, k, v, key_bias, table, cu_q, cu_k, *options, rtol)
+        return torch.ops.llmkern.rope_attention_fwd(q, k, v, key_bias, table, cu_q, cu_k, *options, rtol, top_bf16)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.options, _ = inputs
+        *tensors, ctx.options, _, _ = inputs
         ctx.save_for_backward(*tensors, *output)
         ctx.mark_non_differentiable(*output[1:])
 
@@ -128,7 +130,7 @@ class _PolynomialAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grads = torch.ops.llmkern.rope_attention_bwd(grad, *ctx.saved_tensors, *ctx.options)
         needed = [g if need else None for g, need in zip(grads, ctx.needs_input_grad)]
-        return *needed, None, None, None, None, None
+        return *needed, None, None, None, None, None, None
 
 
 def polynomial_inputs(
@@ -148,7 +150,8 @@ def polynomial_inputs(
 
 def polynomial_attention(args: Arguments, plan: AttentionPlan, is_causal: bool) -> Tensor:
     tensors, options = polynomial_inputs(args, plan, is_causal)
-    return _PolynomialAttention.apply(*tensors, options, plan.rtol)[0]
+    top_bf16 = plan.top_bf16 and not needs_gradients(args.q, args.k, args.v)
+    return _PolynomialAttention.apply(*tensors, options, plan.rtol, top_bf16)[0]
 
 
 def rope_attention(

@@ -27,6 +27,13 @@ MAX_DEGREE = 10
 MAX_FEATURES = 120_000
 CONTACTS = (2, 4, 6)
 LEADING = (4, 8, 16, 32)
+# What rounding to bfloat16 adds to a product of the highest degree: a feature and a value are rounded on the side of
+# the keys, their sum and a feature on the side of the queries, by 2^-8 each. A row's values enter less their mean,
+# which is at most twice max_j |v_j - o|: two of the parts that the budget of rounding has.
+TOP_ROUNDING = (1 + 2.0**-8) ** 4 - 1
+TOP_PARTS = 2
+# Powers of norms outside of this would leave bfloat16 products nothing but zeros, and floats their range.
+TOP_RANGE = 1e15
 # Rows that may fail their certificate, to be computed exactly.
 MAX_FAILING = 0.05
 # tr(A)^2 / (d tr(A^2)) of A, the product of the second moments: 1 where no direction matters more than another. Above
@@ -81,11 +88,13 @@ class HeadFits(NamedTuple):
 
 @dataclass(frozen=True)
 class Candidate:
-    """``error``: the largest of the rows that keep rtol (of all, if none does); ``failing``: share of the others."""
+    """``error``: the largest of the rows that keep rtol (of all, if none does); ``failing``: share of the others;
+    ``coarse``: see ``top_rounding``."""
 
     degree: int
     contact: int
     leading: int
+    top_bf16: bool
     features: int
     fits: HeadFits
     limits: Limits
@@ -93,6 +102,7 @@ class Candidate:
     worst: float
     failing: float
     rounding: float
+    coarse: float
     seconds: float
 
     @property
@@ -105,7 +115,12 @@ class Candidate:
 
     @property
     def total(self) -> float:
-        return self.worst + ROUNDING_PARTS * self.rounding
+        return self.worst + ROUNDING_PARTS * self.rounding + TOP_PARTS * self.coarse
+
+    @property
+    def slack(self) -> float:
+        """One part of all that rounding may do."""
+        return self.rounding + self.coarse * TOP_PARTS / ROUNDING_PARTS
 
 
 def sample(x: Tensor, most: int, all_heads: int, fewest: int) -> Tensor:
@@ -237,22 +252,25 @@ def candidates(
     bounds = tuple(round_up_bound(b) for b in limits.bounds.tolist())
     least, settled = ceiling, MAX_DEGREE
     for features, degree, leading in shapes(work.dim, tuple(limits.tails)):
-        seconds = polynomial_seconds(work, features)
-        if seconds >= least:
+        ways = [(False, polynomial_seconds(work, features))]
+        if work.pairs and leading == work.dim:
+            ways.append((True, polynomial_seconds(work, features, math.comb(work.dim + degree - 1, degree))))
+        if min(seconds for _, seconds in ways) >= least:
             break
         if features < least_features or degree > settled:
             continue
         for contact in CONTACTS:
             if contact > degree or (leading < work.dim and contact != 2):
                 continue
-            candidate = _candidate(
-                limits, bounds, degree, contact, leading, features, seconds, work, rtol, dtype, exact
-            )
-            found.append(candidate)
-            if candidate.good:
-                least = min(least, candidate.seconds)
-            if candidate.worst <= 1e-3 * rtol and leading == work.dim:
-                settled = degree
+            for top_bf16, seconds in ways:
+                candidate = _candidate(
+                    limits, bounds, degree, contact, leading, top_bf16, features, seconds, work, rtol, dtype, exact
+                )
+                found.append(candidate)
+                if candidate.good:
+                    least = min(least, candidate.seconds)
+                if candidate.worst <= 1e-3 * rtol and leading == work.dim:
+                    settled = degree
     return found
 
 
@@ -270,6 +288,7 @@ def _candidate(
     degree: int,
     contact: int,
     leading: int,
+    top_bf16: bool,
     features: int,
     seconds: float,
     work: Work,
@@ -280,20 +299,23 @@ def _candidate(
     fits = head_fits(degree, contact, bounds)
     eps = torch.finfo(dtype).eps
     rounding = rounding_of(work, features, dtype) * _absolute(fits, limits) + 8 * eps * limits.raw_bound
+    coarse = top_rounding(fits, limits) if top_bf16 else 0.0
     share = fits.error * limits.moments[contact]
     if leading < work.dim:
         mixed, tail = limits.tails[leading]
         share = share + fits.tail1 * mixed + fits.tail0 * tail
     # The true normaliser is at least the sum of the weights, since keys are centred; kernels divide by theirs: a row
     # errs by share / (1 - 2 share).
-    budget = rtol - ROUNDING_PARTS * rounding
+    budget = rtol - ROUNDING_PARTS * rounding - TOP_PARTS * coarse
     kept = share <= (budget / (1 + 2 * budget) if budget > 0 else -1.0)
     failing = 1 - float(kept.mean()) if kept.size else 0.0
     worst = _error(float(share.max(initial=0.0)))
     error = _error(float(share[kept].max(initial=0.0))) if failing < 1 else worst
     # A split computes its share of rows and of keys exactly, a failing row all its pairs.
     seconds += min(1.0, 2 * limits.split + failing) * exact * 1.5
-    return Candidate(degree, contact, leading, features, fits, limits, error, worst, failing, rounding, seconds)
+    return Candidate(
+        degree, contact, leading, top_bf16, features, fits, limits, error, worst, failing, rounding, coarse, seconds
+    )
 
 
 def _error(share: float) -> float:
@@ -317,6 +339,15 @@ def _absolute(fits: HeadFits, limits: Limits) -> float:
     orders = np.arange(fits.coefficients.shape[1])
     terms = np.abs(fits.coefficients) * limits.bounds[:, None] ** orders * limits.powers[:, : len(orders)]
     return float(terms.sum(-1).max(initial=1.0))
+
+
+def top_rounding(fits: HeadFits, limits: Limits) -> float:
+    """Bound, for any data within the limits, of what bfloat16 does to the mean over keys of the highest degree."""
+    degree = fits.coefficients.shape[1] - 1
+    lengths = np.concatenate([limits.q, limits.k]) ** degree
+    if not bool(((lengths <= TOP_RANGE) & (lengths >= 1 / TOP_RANGE)).all()):
+        return math.inf
+    return float((TOP_ROUNDING * np.abs(fits.coefficients[:, -1]) * limits.bounds**degree).max(initial=0.0))
 
 
 def anisotropic_count(dim: int, leading: int, degree: int) -> int:

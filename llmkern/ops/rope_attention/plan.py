@@ -16,8 +16,8 @@ from llmkern.ops.rope_attention.cost import (
     GAIN,
     TORCH_BACKWARD,
     Work,
+    degree_two_seconds,
     exact_seconds,
-    polynomial_seconds,
     rates,
     torch_seconds,
 )
@@ -63,6 +63,9 @@ class AttentionPlan:
         method: "polynomial" or "exact".
         degree, contact: of the polynomial; its order of contact with exp at zero.
         leading: directions that go to that degree; the others go to degree 2.
+        top_bf16: whether values are multiplied with features of the highest degree as bfloat16, summed in float32,
+            where the processor does that at twice the rate and the certificate bears it; not where gradients are
+            recorded.
         features: numbers R that a key contributes to; the state holds R (Dv + 1) of them.
         bound: of the scores of all pairs that the polynomial computes.
         split: share of the tokens, those of largest norm, that are computed exactly.
@@ -83,6 +86,7 @@ class AttentionPlan:
     degree: int = 0
     contact: int = 0
     leading: int = 0
+    top_bf16: bool = False
     features: int = 0
     bound: float = 0.0
     split: float = 0.0
@@ -133,7 +137,8 @@ class AttentionPlan:
         )
         split = f" but for {self.split:.1%} of the tokens, which are exact," if self.split else ""
         return (
-            f"polynomial of degree {self.degree}{where} ({self.features} features) for scores within {self.bound:.3g}:"
+            f"polynomial of degree {self.degree}{where} ({self.features} features"
+            f"{', of the highest degree in bfloat16' if self.top_bf16 else ''}) for scores within {self.bound:.3g}:"
             f"{split} each row errs by at most {self.error_bound:.2g} of max|v - o| (predicted "
             f"{self.predicted_error:.2g}, rows that fail are computed exactly), predicted {self.speedup:.1f} times as "
             "fast as exact attention"
@@ -154,7 +159,7 @@ def make_plan(
     if method == "exact":
         return AttentionPlan("exact", rtol, "asked for", {"exact": exact}, is_causal=is_causal)
     if method == "auto":
-        least = polynomial_seconds(work, math.comb(work.dim + 2, 2))
+        least = degree_two_seconds(work)
         if GAIN * least >= exact or exact + LOOK_SECONDS > 1.05 * torch_seconds(work) or exact < 5 * LOOK_SECONDS:
             reason = (
                 f"{work.rows} by {work.keys} tokens are too few for the {math.comb(work.dim + 2, 2)} features of "
@@ -259,7 +264,7 @@ class _Planner:
         if self.work.dim < BALANCED_DIM:
             return False
         best = min((c.seconds for c, _ in tried if c.good), default=math.inf)
-        return best - polynomial_seconds(self.work, math.comb(self.work.dim + 2, 2)) > 2 * LOOK_SECONDS
+        return best - degree_two_seconds(self.work) > 2 * LOOK_SECONDS
 
     def _all_norms(self, basis: _Basis) -> tuple[Tensor, Tensor]:
         """(B, Hq, N) and (B, Hkv, M), of keys that take part."""
@@ -289,7 +294,7 @@ class _Planner:
         q = self.args.q
         fits = best.fits
         rest = (fits.error, fits.tail1, fits.tail0, best.limits.q[:, None], best.limits.k[:, None])
-        rows = np.concatenate([fits.coefficients, *rest, np.full_like(fits.error, best.rounding)], 1)
+        rows = np.concatenate([fits.coefficients, *rest, np.full_like(fits.error, best.slack)], 1)
         table = torch.from_numpy(rows).to(q.device).reshape(*q.shape[:2], best.degree + 7)
         if self.args.cu_q is not None:
             table = table.expand(len(self.args.cu_q) - 1, *table.shape[1:]).contiguous()
@@ -304,6 +309,7 @@ class _Planner:
             degree=best.degree,
             contact=best.contact,
             leading=best.leading,
+            top_bf16=best.top_bf16,
             features=best.features,
             bound=float(fits.bounds.max(initial=0.0)),
             split=best.split,

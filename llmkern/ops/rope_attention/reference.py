@@ -181,12 +181,13 @@ def rope_attention_reference(
     leading: int,
     chunk: int,
     rtol: float,
+    top_bf16: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Output (B, Hq, N, Dv); normaliser (B, Hq, N): Z_i, or of exact rows the log-sum-exp of s + bias; which rows are
     exact, bool (B, Hq, N); state (B, Hkv, R + 1, Dv + 1).
 
     The state holds m!/alpha! sum_j w_j k_j^alpha [v_j - mean, 1], m the degree of alpha, and in its last row the mean
-    and the maximum of the bias.
+    and the maximum of the bias. ``top_bf16`` lets kernels round operands of the highest degree, which is not done here.
     """
     dtype, heads = compute_dtype(q.dtype), q.shape[1]
     group = heads // k.shape[1]
