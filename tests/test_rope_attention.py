@@ -271,7 +271,7 @@ def test_small_whole_numbers_lose_nothing_in_bfloat16(is_causal: bool, dim: int,
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("n", [514, 4112])
 def test_errors_of_bfloat16_that_add_up_keep_the_certificate(n: int, is_causal: bool) -> None:
-    """All that is rounded loses 2^-8: numbers just above a power of two, and sums of 257 keys alike; others are zero."""
+    """What is rounded loses 2^-8: numbers just above a power of two, and sums of 257 keys alike; others are zero."""
     above = 1 + 0.98 * 2.0**-8
     q, k, v = torch.full((1, 1, n, 4), above), torch.zeros(1, 1, n, 4), torch.ones(1, 1, n, 16)
     v[:, :, 1::2] = -1
