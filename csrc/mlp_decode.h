@@ -106,7 +106,6 @@ class MlpDecode {
                        for (int64_t i = first; i < last; ++i) {
                          const auto [part, row] = fours[i];
                          const int64_t rank = p_.rank(part), count = std::min<int64_t>(4, rank - row);
-                         if (i + 1 < last) p_.a[fours[i + 1].part].fetch(fours[i + 1].row, 4);
                          A found[4 * kDecodeTokens];
                          p_.a[part].dots(row, count, 0, p_.a[part].width, x, x_row, p_.tokens, found, p_.tokens, false);
                          for (int64_t r = 0; r < count; ++r)
@@ -174,39 +173,38 @@ class MlpDecode {
   // What a block of channels needs beside the rows: x as they take it, and room for their scales.
   template <typename Row>
   struct BlockScratch {
-    // With the next block to be fetched, and without.
-    RowShape fetching, plain;
+    RowShape shape;
     const c10::BFloat16* pairs;
     int64_t pairs_row;
-    A* scales;
-    c10::BFloat16* line_scales;
-    int64_t line_scale_row() const { return plain.length / kUnit + 4; }
+    A* scales = nullptr;
+    c10::BFloat16* line_scales = nullptr;
+    int64_t line_scale_row() const { return shape.length / kUnit + 4; }
   };
 
   template <int N, typename Row>
-  void block_dots(const Row* rows, int count, const BlockScratch<Row>& block, int64_t n, A* out) const {
+  void block_dots(const Row* rows, int count, const BlockScratch<Row>& block, RowsAhead& ahead, int64_t n,
+                  A* out) const {
     constexpr int R = kDotRows<N>;
     A sums[R * N];
-    const RowShape& shape = n == 0 ? block.fetching : block.plain;
     for (int r = 0; r < count; r += R) {
       // Rows beyond the last are the last again.
       Row some[R];
       for (int i = 0; i < R; ++i) some[i] = rows[std::min(r + i, count - 1)];
-      if (!line_dots_of<R, N>(some, block, shape, n, sums))
-        dot_units<R, N>(some, shape, x_ + n * x_row_, x_row_, block.scales, sums);
+      if (!line_dots_of<R, N>(some, block, ahead, n, sums))
+        dot_units<R, N>(some, block.shape, ahead, x_ + n * x_row_, x_row_, block.scales, sums);
       for (int i = 0; i < R && r + i < count; ++i)
         for (int t = 0; t < N; ++t) out[(r + i) * p_.tokens + n + t] = sums[i * N + t];
     }
   }
 
   template <int R, int N, typename Row>
-  bool line_dots_of(const Row* rows, const BlockScratch<Row>& block, const RowShape& shape, int64_t n, A* sums) const {
+  bool line_dots_of(const Row* rows, const BlockScratch<Row>& block, RowsAhead& ahead, int64_t n, A* sums) const {
     if constexpr (Line<Row>::kPaired && std::is_same_v<A, float>) {
       if (!block.pairs) return false;
       const int64_t scale_row = block.line_scale_row();
-      for (int i = 0; i < R; ++i) unit_scales(rows[i], shape, block.line_scales + i * scale_row);
-      line_dots<R, N>(rows, shape, block.pairs + n * block.pairs_row, block.pairs_row, block.line_scales, scale_row,
-                      sums);
+      for (int i = 0; i < R; ++i) unit_scales(rows[i], block.shape, ahead.scales, block.line_scales + i * scale_row);
+      line_dots<R, N>(rows, block.shape, ahead.rows, block.pairs + n * block.pairs_row, block.pairs_row,
+                      block.line_scales, scale_row, sums);
       return true;
     }
     return false;
@@ -214,18 +212,18 @@ class MlpDecode {
 
   // sums += h times rows of down
   template <int R, typename Row>
-  void add_block(const Row* rows, const BlockScratch<Row>& block, const A* h, A* sums, int64_t sum_row) const {
-    const RowShape& shape = R == kBlockChannels ? block.fetching : block.plain;
+  void add_block(const Row* rows, const BlockScratch<Row>& block, RowsAhead& ahead, const A* h, A* sums,
+                 int64_t sum_row) const {
     if constexpr (kSumsByLine<Row>) {
       const int64_t scale_row = block.line_scale_row();
-      for (int r = 0; r < R; ++r) unit_scales(rows[r], shape, block.line_scales + r * scale_row);
+      for (int r = 0; r < R; ++r) unit_scales(rows[r], block.shape, ahead.scales, block.line_scales + r * scale_row);
       if (p_.tokens == 1) {
-        add_lines<R, true>(rows, shape, h, 1, block.line_scales, scale_row, sums, sum_row);
+        add_lines<R, true>(rows, block.shape, ahead.rows, h, 1, block.line_scales, scale_row, sums, sum_row);
       } else {
-        add_lines<R, false>(rows, shape, h, p_.tokens, block.line_scales, scale_row, sums, sum_row);
+        add_lines<R, false>(rows, block.shape, ahead.rows, h, p_.tokens, block.line_scales, scale_row, sums, sum_row);
       }
     } else {
-      add_rows<R>(rows, shape, h, p_.tokens, block.scales, sums, sum_row);
+      add_rows<R>(rows, block.shape, ahead, h, p_.tokens, block.scales, sums, sum_row);
     }
   }
 
@@ -238,15 +236,10 @@ class MlpDecode {
     const int64_t slice = std::max<int64_t>(
         64, ((p_.inner + kSlices - 1) / kSlices + kBlockChannels - 1) / kBlockChannels * kBlockChannels);
     const int64_t slices = (p_.inner + slice - 1) / slice;
-    // While a block is read, the next one is fetched.
-    const RowShape plain{base.width, Row::kScaled ? base.group : base.width};
-    const int64_t block_rows = kBlockChannels * base.parts;
-    const RowShape fetching{plain.length, plain.group, block_rows * base.width * base.bits / 8,
-                            block_rows * plain.groups()};
     const std::vector<c10::BFloat16> pairs = paired_x<Row>(base.width);
-    const BlockScratch<Row> block{
-        fetching, plain,  pairs.empty() ? nullptr : pairs.data(), static_cast<int64_t>(pairs.size()) / n_tokens,
-        nullptr,  nullptr};
+    const BlockScratch<Row> block{RowShape{base.width, Row::kScaled ? base.group : base.width},
+                                  pairs.empty() ? nullptr : pairs.data(),
+                                  static_cast<int64_t>(pairs.size()) / n_tokens};
     // For each slice: the sum of outputs (tokens, sum_row), A_down h (rank, tokens), scales of a block; then h (tokens,
     // inner).
     const int64_t sum_row = (base.width + kSpan - 1) / kSpan * kSpan, h_row = (p_.inner + 15) / 16 * 16;
@@ -266,6 +259,9 @@ class MlpDecode {
           const int count = static_cast<int>(std::min<int64_t>(kBlockChannels, end - j));
           A pre[2][kBlockChannels * kDecodeTokens];
           Row rows[kBlockChannels];
+          // While a block is read for its first tokens, the next one is fetched.
+          RowsAhead ahead = RowsAhead::from(row_of((j + kBlockChannels) * base.parts));
+          RowsAhead nothing = RowsAhead::nothing(sums);
           // Rows of B are too few for a block to be noticed as a stream.
           for (int part : {kGate, kUp}) p_.b[part].fetch(j + kBlockChannels, kBlockChannels);
           p_.a[kDown].fetch((j - begin) / kBlockChannels * low_rows, low_rows, begin, end - begin);
@@ -273,16 +269,17 @@ class MlpDecode {
             const int64_t at = part - (p_.gated ? 0 : 1);
             for (int r = 0; r < count; ++r) rows[r] = row_of((j + r) * base.parts + at);
             int64_t n = 0;
-            for (; n + 4 <= n_tokens; n += 4) block_dots<4>(rows, count, own, n, pre[part]);
-            for (; n + 2 <= n_tokens; n += 2) block_dots<2>(rows, count, own, n, pre[part]);
-            if (n < n_tokens) block_dots<1>(rows, count, own, n, pre[part]);
+            for (; n + 4 <= n_tokens; n += 4) block_dots<4>(rows, count, own, n ? nothing : ahead, n, pre[part]);
+            for (; n + 2 <= n_tokens; n += 2) block_dots<2>(rows, count, own, n ? nothing : ahead, n, pre[part]);
+            if (n < n_tokens) block_dots<1>(rows, count, own, n ? nothing : ahead, n, pre[part]);
           }
           finish_block(j, count, pre, h + j, h_row);
           for (int r = 0; r < count; ++r) rows[r] = row_of((j + r) * base.parts + base.parts - 1);
           if (count == kBlockChannels) {
-            add_block<kBlockChannels>(rows, own, pre[kGate], sums, sum_row);
+            add_block<kBlockChannels>(rows, own, ahead, pre[kGate], sums, sum_row);
           } else {
-            for (int r = 0; r < count; ++r) add_block<1>(rows + r, own, pre[kGate] + r * n_tokens, sums, sum_row);
+            for (int r = 0; r < count; ++r)
+              add_block<1>(rows + r, own, ahead, pre[kGate] + r * n_tokens, sums, sum_row);
           }
         }
         if (rank)

@@ -77,9 +77,9 @@ constexpr int kLineUnits = Line<Row>::kEntries / kUnit;
 
 // The scale of each unit of a row, and four zeros for the units that its last line may lack.
 template <typename Row>
-inline void unit_scales(const Row& row, const RowShape& shape, c10::BFloat16* to) {
+inline void unit_scales(const Row& row, const RowShape& shape, Ahead& ahead, c10::BFloat16* to) {
   if constexpr (Row::kScaled) {
-    fetch_scales(row, shape);
+    ahead.scales(shape.groups());
     const auto put = [&](int64_t at, uint64_t four) { std::memcpy(static_cast<void*>(to + at), &four, sizeof(four)); };
     const int64_t each = shape.group / kUnit;
     if (each == 1) {
@@ -125,14 +125,14 @@ template <typename Row, typename Body>
 
 // total[r][n] += row r times token n, over one line.
 template <int R, int N, typename Row, typename Part>
-[[gnu::target("avx512bf16"), gnu::always_inline]] inline void line_step(const Row* rows, const RowShape& shape,
+[[gnu::target("avx512bf16"), gnu::always_inline]] inline void line_step(const Row* rows, Ahead& ahead,
                                                                         const c10::BFloat16* x, int64_t x_row,
                                                                         const c10::BFloat16* scales, int64_t scale_row,
                                                                         int64_t k, Part units, Floats (*total)[N]) {
   using L = Line<Row>;
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
-    fetch_line(rows[r], k, shape.ahead);
+    ahead.line();
     __m512i w[L::kPairs * L::kTerms];
     L::pairs(load_line(rows[r], k, units), w);
 #pragma GCC unroll 8
@@ -156,30 +156,33 @@ template <int R, int N, typename Row, typename Part>
 // As dot_units, for x in the order of lines and, beyond the end of rows, zeros up to a whole line. scales: those of
 // each row's units, scale_row apart.
 template <int R, int N, typename Row>
-[[gnu::target("avx512bf16")]] inline void line_dots(const Row* rows, const RowShape& shape, const c10::BFloat16* x,
-                                                    int64_t x_row, const c10::BFloat16* scales, int64_t scale_row,
-                                                    float* out) {
+[[gnu::target("avx512bf16")]] inline void line_dots(const Row* rows, const RowShape& shape, Ahead& next,
+                                                    const c10::BFloat16* x, int64_t x_row, const c10::BFloat16* scales,
+                                                    int64_t scale_row, float* out) {
+  Ahead ahead = next;
   Floats total[R][N] = {};
   const int64_t whole = shape.length / Line<Row>::kEntries * Line<Row>::kEntries;
   for (int64_t k = 0; k < whole; k += Line<Row>::kEntries)
-    line_step<R, N>(rows, shape, x, x_row, scales, scale_row, k, All{}, total);
+    line_step<R, N>(rows, ahead, x, x_row, scales, scale_row, k, All{}, total);
   if (whole < shape.length)
-    line_step<R, N>(rows, shape, x, x_row, scales, scale_row, whole,
+    line_step<R, N>(rows, ahead, x, x_row, scales, scale_row, whole,
                     First{static_cast<int>((shape.length - whole) / kUnit)}, total);
   sum_lanes<R * N, float>(total[0], out);
+  next = ahead;
 }
 
 // As add_rows, for sums in the order of lines, whole ones.
 template <int R, bool one_token>
-inline void add_lines(const Int4Row* rows, const RowShape& shape, const float* c, int64_t tokens,
+inline void add_lines(const Int4Row* rows, const RowShape& shape, Ahead& next, const float* c, int64_t tokens,
                       const c10::BFloat16* scales, int64_t scale_row, float* y, int64_t y_row) {
   using L = Line<Int4Row>;
+  Ahead ahead = next;
   for_lines<Int4Row>(shape.length, [&](int64_t k, auto units) {
     __m512i lines[R];
     Floats scale[R];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-      fetch_line(rows[r], k, shape.ahead);
+      ahead.line();
       lines[r] = load_line(rows[r], k, units);
       scale[r] = line_scales<Int4Row>(scales + r * scale_row + k / kUnit);
       if (one_token) scale[r] *= c[r];
@@ -207,6 +210,7 @@ inline void add_lines(const Int4Row* rows, const RowShape& shape, const float* c
       }
     }
   });
+  next = ahead;
 }
 
 // Brings the sums of a line into the order of its entries.

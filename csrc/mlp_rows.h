@@ -111,36 +111,65 @@ struct Int4Row {
   }
 };
 
-// Rows of `length` entries in whole units, with a scale for each `group` of them where they have scales. What lies
-// `ahead` bytes behind an entry, and `scales_ahead` scales behind a scale, is fetched into the second-level cache when
-// the entry is read; zero fetches nothing.
+// Rows of `length` entries in whole units, with a scale for each `group` of them where they have scales.
 struct RowShape {
-  int64_t length, group, ahead = 0, scales_ahead = 0;
+  int64_t length, group;
   int64_t groups() const { return length / group; }
 };
 
-template <typename Row>
-[[gnu::always_inline]] inline void fetch_line(const Row& row, int64_t k, int64_t ahead) {
-  __builtin_prefetch(static_cast<const char*>(row.address(k)) + ahead, 0, 2);
-}
+// Fetches what lies ahead in the order of memory, a line for each line that is used: rows are read several at a time,
+// and memory yields a quarter less to several streams than to one.
+class Ahead {
+ public:
+  // Always the same line, which is as good as none.
+  static Ahead nothing(const void* at) { return {at, 0}; }
+  explicit Ahead(const void* from) : Ahead(from, kLine) {}
 
-// Always inlined: GCC takes a function that only fetches for one without effect, and drops the calls.
-template <typename Row>
-[[gnu::always_inline]] inline void fetch_ahead(const Row& row, int64_t k, int64_t ahead) {
-  if (!ahead || k % Row::kLineEntries >= kUnit) return;
-  fetch_line(row, k, ahead);
-}
+  // Always inlined: GCC takes a function that only fetches for one without effect, and drops the calls.
+  [[gnu::always_inline]] void line() {
+    __builtin_prefetch(at_);
+    at_ += step_;
+  }
 
-template <typename Row>
-[[gnu::always_inline]] inline void fetch_scales(const Row& row, const RowShape& shape) {
-  for (int64_t g = 0; g < shape.groups(); g += kLine / 2) __builtin_prefetch(row.scales + shape.scales_ahead + g, 0, 2);
-}
+  // For entries [k, k + kUnit) of a row.
+  template <typename Row>
+  [[gnu::always_inline]] void unit(int64_t k) {
+    if (k % Row::kLineEntries >= kUnit) return;
+    for (int64_t i = 0; i < kUnit; i += Row::kLineEntries) line();
+  }
+
+  // For the scales of a row.
+  [[gnu::always_inline]] void scales(int64_t groups) {
+    for (int64_t g = 0; g < groups; g += kLine / 2) line();
+  }
+
+ private:
+  Ahead(const void* from, int64_t step) : at_(static_cast<const char*>(from)), step_(step) {}
+
+  const char* at_;
+  int64_t step_;
+};
+
+// Of rows and of their scales.
+struct RowsAhead {
+  Ahead rows, scales;
+
+  static RowsAhead nothing(const void* at) { return {Ahead::nothing(at), Ahead::nothing(at)}; }
+  template <typename Row>
+  static RowsAhead from(const Row& row) {
+    if constexpr (Row::kScaled) {
+      return {Ahead(row.address(0)), Ahead(row.scales)};
+    } else {
+      return {Ahead(row.address(0)), Ahead::nothing(row.address(0))};
+    }
+  }
+};
 
 // factor times the scales of a row, as numbers of the type of computation.
 template <typename Row, typename A>
-inline void scale_factors(const Row& row, const RowShape& shape, A factor, A* to) {
+inline void scale_factors(const Row& row, const RowShape& shape, Ahead& ahead, A factor, A* to) {
   const int64_t groups = shape.groups();
-  fetch_scales(row, shape);
+  ahead.scales(groups);
   for_lanes<float>(0, groups, [&](int64_t g, auto lanes) {
     const Floats scale = load(row.scales + g, lanes);
     if constexpr (std::is_same_v<A, float>) {
@@ -165,21 +194,23 @@ inline void sum_lanes(const Lanes<A>* x, A* sums) {
 // out[r * N + n] = row r times token n, over whole units: x holds zeros where rows are padded, or rows end with a unit.
 // scales: room for R groups() numbers, where rows have scales.
 template <int R, int N, typename Row, typename A>
-inline void dot_units(const Row* rows, const RowShape& shape, const A* x, int64_t x_row, A* scales, A* out) {
+inline void dot_units(const Row* rows, const RowShape& shape, RowsAhead& next, const A* x, int64_t x_row, A* scales,
+                      A* out) {
+  RowsAhead ahead = next;
   constexpr int kRegisters = kUnitRegisters<A>;
   // Two chains for each sum where there are too few to fill the pipeline; groups are chains of their own.
   constexpr int kChains = Row::kScaled || R * N >= 8 || kRegisters < 2 ? 1 : 2;
   Lanes<A> total[R][N] = {};
   const int64_t step = Row::kScaled ? shape.group : shape.length, groups = Row::kScaled ? shape.groups() : 1;
   if constexpr (Row::kScaled)
-    for (int r = 0; r < R; ++r) scale_factors(rows[r], shape, A(1), scales + r * groups);
+    for (int r = 0; r < R; ++r) scale_factors(rows[r], shape, ahead.scales, A(1), scales + r * groups);
   for (int64_t begin = 0, g = 0; begin < shape.length; begin += step, ++g) {
     Lanes<A> acc[R][N][kChains] = {};
     for (int64_t k = begin; k < begin + step; k += kUnit) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         Lanes<A> w[kRegisters];
-        fetch_ahead(rows[r], k, shape.ahead);
+        ahead.rows.unit<Row>(k);
         rows[r].template unit<A>(k, w);
 #pragma GCC unroll 8
         for (int n = 0; n < N; ++n) {
@@ -203,6 +234,7 @@ inline void dot_units(const Row* rows, const RowShape& shape, const A* x, int64_
     }
   }
   sum_lanes<R * N, A>(total[0], out);
+  next = ahead;
 }
 
 // Rows at a time of dots, by the number of tokens at a time.
@@ -212,13 +244,15 @@ constexpr int kDotRows = N == 1 ? 4 : 2;
 // Sums of R rows: y[n * y_row + k] += sum_r c[r * tokens + n] row_r[k], over whole units. Weights are unpacked once for
 // all tokens. scales: room for R groups() numbers, where rows have scales.
 template <int R, typename Row, typename A>
-inline void add_rows(const Row* rows, const RowShape& shape, const A* c, int64_t tokens, A* scales, A* y,
-                     int64_t y_row) {
+inline void add_rows(const Row* rows, const RowShape& shape, RowsAhead& next, const A* c, int64_t tokens, A* scales,
+                     A* y, int64_t y_row) {
+  RowsAhead ahead = next;
   constexpr int kRegisters = kUnitRegisters<A>;
   const int64_t step = Row::kScaled ? shape.group : shape.length, groups = Row::kScaled ? shape.groups() : 1;
   // Of a single token the factors join the scales.
   if constexpr (Row::kScaled)
-    for (int r = 0; r < R; ++r) scale_factors(rows[r], shape, tokens == 1 ? c[r] : A(1), scales + r * groups);
+    for (int r = 0; r < R; ++r)
+      scale_factors(rows[r], shape, ahead.scales, tokens == 1 ? c[r] : A(1), scales + r * groups);
   for (int64_t begin = 0, g = 0; begin < shape.length; begin += step, ++g) {
     // Held here, where no store of sums can change them.
     A factors[R];
@@ -231,7 +265,7 @@ inline void add_rows(const Row* rows, const RowShape& shape, const A* c, int64_t
         for (int i = 0; i < kRegisters; ++i) sums[i] = load(y + k + i * kLanes<A>, All{});
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-          fetch_ahead(rows[r], k, shape.ahead);
+          ahead.rows.unit<Row>(k);
           rows[r].template unit<A>(k, w);
 #pragma GCC unroll 16
           for (int i = 0; i < kRegisters; ++i) sums[i] += factors[r] * w[i];
@@ -243,7 +277,7 @@ inline void add_rows(const Row* rows, const RowShape& shape, const A* c, int64_t
       Lanes<A> wide[R][kRegisters];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        fetch_ahead(rows[r], k, shape.ahead);
+        ahead.rows.unit<Row>(k);
         rows[r].template unit<A>(k, wide[r]);
         if constexpr (Row::kScaled) {
 #pragma GCC unroll 16
@@ -265,6 +299,7 @@ inline void add_rows(const Row* rows, const RowShape& shape, const A* c, int64_t
       }
     }
   }
+  next = ahead;
 }
 
 // The part of plain rows beyond their last whole unit.
@@ -321,27 +356,35 @@ struct PlainMatrix {
   void dots_of(int64_t first, int64_t count, int64_t k0, int64_t length, const A* x, int64_t x_row, int64_t tokens,
                A* out, int64_t out_row, bool add) const {
     const T* base = static_cast<const T*>(data) + first * stride + k0;
+    // Of pieces of rows the next rows are not the next in memory.
+    Ahead ahead = stride == length ? Ahead(base + 4 * stride) : Ahead::nothing(base);
     int64_t r = 0;
     for (; r + 4 <= count; r += 4)
-      row_dots<4, T>(base + r * stride, length, x, x_row, tokens, out + r * out_row, out_row, add);
-    for (; r < count; ++r) row_dots<1, T>(base + r * stride, length, x, x_row, tokens, out + r * out_row, out_row, add);
+      row_dots<4, T>(base + r * stride, length, ahead, x, x_row, tokens, out + r * out_row, out_row, add);
+    for (; r < count; ++r)
+      row_dots<1, T>(base + r * stride, length, ahead, x, x_row, tokens, out + r * out_row, out_row, add);
   }
 
   template <int R, typename T>
-  void row_dots(const T* data, int64_t length, const A* x, int64_t x_row, int64_t tokens, A* out, int64_t out_row,
-                bool add) const {
+  void row_dots(const T* data, int64_t length, Ahead& ahead, const A* x, int64_t x_row, int64_t tokens, A* out,
+                int64_t out_row, bool add) const {
+    // Rows are read from memory for the first tokens.
+    RowsAhead first{ahead, Ahead::nothing(data)}, later = RowsAhead::nothing(data);
     int64_t n = 0;
-    for (; n + 2 <= tokens; n += 2) token_dots<R, 2, T>(data, length, x + n * x_row, x_row, out + n, out_row, add);
-    if (n < tokens) token_dots<R, 1, T>(data, length, x + n * x_row, x_row, out + n, out_row, add);
+    for (; n + 2 <= tokens; n += 2)
+      token_dots<R, 2, T>(data, length, n ? later : first, x + n * x_row, x_row, out + n, out_row, add);
+    if (n < tokens) token_dots<R, 1, T>(data, length, n ? later : first, x + n * x_row, x_row, out + n, out_row, add);
+    ahead = first.rows;
   }
 
   template <int R, int N, typename T>
-  void token_dots(const T* data, int64_t length, const A* x, int64_t x_row, A* out, int64_t out_row, bool add) const {
+  void token_dots(const T* data, int64_t length, RowsAhead& ahead, const A* x, int64_t x_row, A* out, int64_t out_row,
+                  bool add) const {
     PlainRow<T> rows[R];
     for (int r = 0; r < R; ++r) rows[r] = {data + r * stride};
     A sums[R * N];
     const int64_t whole = length / kUnit * kUnit;
-    dot_units<R, N>(rows, RowShape{whole, whole}, x, x_row, static_cast<A*>(nullptr), sums);
+    dot_units<R, N>(rows, RowShape{whole, whole}, ahead, x, x_row, static_cast<A*>(nullptr), sums);
     dot_rest<R, N>(rows, whole, length, x, x_row, sums);
     for (int r = 0; r < R; ++r)
       for (int n = 0; n < N; ++n) out[r * out_row + n] = (add ? out[r * out_row + n] : A(0)) + sums[r * N + n];
