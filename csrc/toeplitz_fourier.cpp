@@ -45,8 +45,8 @@ struct Call {
     for (int64_t s = 0; s < scaled.size(0); ++s) {
       const A* of_distances = scaled.const_data_ptr<A>() + s * scaled.size(1);
       A* circle = symbols.mutable_data_ptr<A>() + s * 2 * transform->row_size();
-      transform->to_row(of_distances + keys - 1, 0, queries, circle);
-      transform->to_row(of_distances, transform->length() - keys + 1, keys - 1, circle + transform->row_size());
+      transform->to_row(of_distances + keys - 1, 1, 0, queries, circle);
+      transform->to_row(of_distances, 1, transform->length() - keys + 1, keys - 1, circle + transform->row_size());
     }
     // By columns too, unless each part would transform the symbol of a feature anew.
     const int64_t across = own_symbols ? 1 : std::clamp<int64_t>(width / kColumns, 1, kParts);
@@ -62,12 +62,12 @@ struct Call {
     transform_symbol(*transform, symbols.const_data_ptr<A>(), spectrum.mutable_data_ptr<A>());
   }
 
-  // (r, tokens) -> rows as transforms read them, and back.
+  // (r, tokens), of any strides -> rows as transforms read them, and back.
   at::Tensor to_rows(const at::Tensor& t) const {
-    const at::Tensor from = t.contiguous(), made = at::empty({t.size(0), transform->row_size()}, t.options());
+    const at::Tensor made = at::empty({t.size(0), transform->row_size()}, t.options());
     at::parallel_for(0, t.size(0), 1, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
-        transform->to_row(from.const_data_ptr<A>() + r * t.size(1), 0, t.size(1),
+        transform->to_row(t.const_data_ptr<A>() + r * t.stride(0), t.stride(1), 0, t.size(1),
                           made.mutable_data_ptr<A>() + r * made.size(1));
       }
     });

@@ -90,8 +90,7 @@ class Problem:
         return [(b, h) for b in range(self.q.shape[0]) for h in range(self.q.shape[1])]
 
     def variables(self, b: int, h: int) -> tuple[Tensor, Tensor]:
-        x, y = (t.mT.contiguous() for t in (self.q[b, h], self.k[b, h // self.group]))
-        x = self.route.scale * x
+        x, y = self.route.scale * self.q[b, h].mT, self.k[b, h // self.group].mT
         return (x, y) if self.support is None else (x[self.support[:, 0]], y[self.support[:, 1]])
 
     def columns(self, b: int, h: int) -> Tensor:
@@ -139,10 +138,11 @@ class Problem:
             unknown = (score_bound[b, h] > self.route.fit.bound) & (d + slack > 0) | (total == 0)
             bound[b, h] = row.masked_fill(unknown, torch.inf)
             known = bound[b, h].isfinite()
-            merged = (far_share / total)[:, None] * far
-            if self.near is not None:
-                merged += (near_share / total)[:, None] * out[b, h]
-            out[b, h] = torch.where(known[:, None], merged, 0.0)
+            near_share, far_share = (torch.where(known, share / total, 0.0) for share in (near_share, far_share))
+            if self.near is None:
+                torch.mul(far, far_share[:, None], out=out[b, h])
+            else:
+                out[b, h].mul_(near_share[:, None]).addcmul_(far, far_share[:, None])
             lse[b, h] = torch.where(known, highest + total.log(), torch.inf)
         return out, lse, bound
 

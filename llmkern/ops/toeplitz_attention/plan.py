@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmkern._library import bad_value
@@ -204,20 +205,23 @@ class _Planner:
         args, work = self.args, self.work
         count = max(FEWEST_ROWS, min(MOST_ROWS, SAMPLED_PAIRS // max(1, work.heads * work.keys)))
         rows = torch.linspace(0, work.rows - 1, min(count, work.rows), device=q.device).long()
-        behind = rows[:, None] - torch.arange(work.keys, device=q.device)
         if args.support is None:
-            self.s = args.scale * (q[:, :, rows] @ k.mT)
-            bias = self.relative[:, 0, behind + (self.relative.shape[-1] - 1) // 2]
+            self.s = (args.scale * q[:, :, rows]) @ k.mT
+            table = cut(self.relative[:, 0], work.rows, work.keys).flip(-1)
         else:
             self.s = relative_scores(q[:, :, rows], k, self.relative, args.support, args.scale, rows)
-            bias = torch.zeros_like(self.s)
+            table = self.s.new_zeros(1, work.rows + work.keys - 1)
         if args.is_causal:
-            bias = bias.masked_fill(behind < 0, -torch.inf)
+            table = F.pad(table[:, : work.rows], (0, work.keys - 1), value=-torch.inf)
+        # Row i sees a window of the table, last distance first: from i behind the first key on.
+        windows = table.unfold(-1, work.keys, 1)
+        bias = torch.stack([windows[:, work.rows - 1 - i] for i in rows.tolist()], 1)
         if args.key_bias is not None:
             bias = bias + args.key_bias[:, None, None].to(bias)
         self.lse = (self.s + bias).logsumexp(-1)
-        self.shares = (bias - self.lse.unsqueeze(-1)).exp().nan_to_num()
-        self.rows, self.behind = rows, behind
+        least = torch.where(self.lse == -torch.inf, 0.0, self.lse)
+        self.shares = (bias - least.unsqueeze(-1)).exp_()
+        self.rows = rows
         keys = torch.linspace(0, work.keys - 1, min(SAMPLED_KEYS, work.keys), device=q.device).long()
         x, y = args.scale * q[:, :, rows].mT, k[:, :, keys].mT
         if args.support is not None:
