@@ -73,15 +73,17 @@ class Transform {
   // And a row of real numbers.
   int64_t row_size() const { return kWidth * segment_; }
 
-  // ``count`` numbers into a row as those from number ``first`` on, zeros as the others; and back.
+  // ``count`` numbers into a row as those from number ``first`` on, zeros as the others; and the way back, to be added.
   void to_row(const A* from, int64_t stride, int64_t first, int64_t count, A* row) const {
     std::fill_n(row, row_size(), A{0});
     for_segments(first, count, [&](int64_t i, int64_t place, int64_t n) {
       for (int64_t j = 0; j < n; ++j) row[place + j] = from[(i + j) * stride];
     });
   }
-  void from_row(const A* row, int64_t first, int64_t count, A* to) const {
-    for_segments(first, count, [&](int64_t i, int64_t place, int64_t n) { std::copy_n(row + place, n, to + i); });
+  void add_row(const A* row, int64_t first, int64_t count, A* to) const {
+    for_segments(first, count, [&](int64_t i, int64_t place, int64_t n) {
+      for (int64_t j = 0; j < n; ++j) to[i + j] += row[place + j];
+    });
   }
 
   // The least that is long enough, kept for the next calls.

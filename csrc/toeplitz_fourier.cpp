@@ -14,7 +14,7 @@ namespace {
 
 // A call goes in about this many parts, each of which sums on its own, in order; and where there are columns enough
 // a part has about this many of them.
-constexpr int64_t kParts = 8, kColumns = 4;
+constexpr int64_t kParts = 8, kColumns = 2;
 
 // One head; see the schema for the tensors.
 template <typename A>
@@ -62,7 +62,7 @@ struct Call {
     transform_symbol(*transform, symbols.const_data_ptr<A>(), spectrum.mutable_data_ptr<A>());
   }
 
-  // (r, tokens), of any strides -> rows as transforms read them, and back.
+  // (r, tokens), of any strides -> rows as transforms read them.
   at::Tensor to_rows(const at::Tensor& t) const {
     const at::Tensor made = at::empty({t.size(0), transform->row_size()}, t.options());
     at::parallel_for(0, t.size(0), 1, [&](int64_t begin, int64_t end) {
@@ -73,22 +73,14 @@ struct Call {
     });
     return made;
   }
-  at::Tensor from_rows(const at::Tensor& rows, int64_t tokens) const {
-    const at::Tensor made = at::empty({rows.size(0), tokens}, rows.options());
-    for (int64_t r = 0; r < rows.size(0); ++r) {
-      transform->from_row(rows.const_data_ptr<A>() + r * rows.size(1), 0, tokens,
-                          made.mutable_data_ptr<A>() + r * tokens);
-    }
-    return made;
-  }
   // Circles -> (S, queries + keys - 1), divided by the length.
   at::Tensor off_circles(const at::Tensor& circles, int64_t queries, int64_t keys) const {
-    const at::Tensor made = at::empty({circles.size(0), queries + keys - 1}, circles.options());
+    const at::Tensor made = at::zeros({circles.size(0), queries + keys - 1}, circles.options());
     for (int64_t s = 0; s < circles.size(0); ++s) {
       const A* circle = circles.const_data_ptr<A>() + s * 2 * transform->row_size();
       A* of_distances = made.mutable_data_ptr<A>() + s * made.size(1);
-      transform->from_row(circle, 0, queries, of_distances + keys - 1);
-      transform->from_row(circle + transform->row_size(), transform->length() - keys + 1, keys - 1, of_distances);
+      transform->add_row(circle, 0, queries, of_distances + keys - 1);
+      transform->add_row(circle + transform->row_size(), transform->length() - keys + 1, keys - 1, of_distances);
     }
     return made.div_(static_cast<double>(transform->length()));
   }
@@ -148,6 +140,18 @@ class Partial {
       all.narrow(0, ranges_[part].begin, ranges_[part].size()).add_(sums_[part]);
     return all;
   }
+  // Of rows as transforms write them: (rows, tokens).
+  at::Tensor total(int64_t rows, int64_t tokens, const Transform<A>& transform) const {
+    const at::Tensor all = at::zeros({rows, tokens}, sums_[0].options());
+    at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+      for (size_t part = 0; part < sums_.size(); ++part) {
+        const int64_t first = std::max(begin, ranges_[part].begin), last = std::min(end, ranges_[part].end);
+        for (int64_t r = first; r < last; ++r)
+          transform.add_row(of(part).row(r), 0, tokens, all.mutable_data_ptr<A>() + r * tokens);
+      }
+    });
+    return all;
+  }
 
  private:
   std::vector<Range> ranges_;
@@ -176,7 +180,7 @@ at::Tensor toeplitz_fourier_fwd(const at::Tensor& x, const at::Tensor& y, const 
     call.for_parts(false, [&](int64_t number, const FourierScratch<A>& scratch) {
       fourier_forward(in, call.parts[number], scratch, sums.of(number));
     });
-    out = call.from_rows(sums.total(in.width + 1), x.size(1)).t();
+    out = sums.total(in.width + 1, x.size(1), in.transform).t();
   });
   return out;
 }
@@ -208,9 +212,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> toeplitz_fourier_bwd(
                                    own ? of_symbols.of(number) : Sums<A>{nullptr, 0, 0}};
       fourier_backward(in, call.parts[number], scratch, to);
     });
-    dx = call.from_rows(of_x.total(x.size(0)), x.size(1));
-    dy = call.from_rows(of_y.total(x.size(0)), y.size(1));
-    dcolumns = call.from_rows(of_columns.total(in.width), y.size(1)).t();
+    dx = of_x.total(x.size(0), x.size(1), in.transform);
+    dy = of_y.total(y.size(0), y.size(1), in.transform);
+    dcolumns = of_columns.total(in.width, y.size(1), in.transform).t();
     if (!want_symbols) return;
     at::Tensor circles;
     if (shared) {

@@ -212,15 +212,17 @@ class _Planner:
             self.s = relative_scores(q[:, :, rows], k, self.relative, args.support, args.scale, rows)
             table = self.s.new_zeros(1, work.rows + work.keys - 1)
         if args.is_causal:
-            table = F.pad(table[:, : work.rows], (0, work.keys - 1), value=-torch.inf)
+            table = table[:, : work.rows]
+        top = table.amax(-1, keepdim=True)
+        weights = F.pad((table - top).exp(), (0, work.rows + work.keys - 1 - table.shape[1]))
         # Row i sees a window of the table, last distance first: from i behind the first key on.
-        windows = table.unfold(-1, work.keys, 1)
-        bias = torch.stack([windows[:, work.rows - 1 - i] for i in rows.tolist()], 1)
+        windows = weights.unfold(-1, work.keys, 1)
+        weights = torch.stack([windows[:, work.rows - 1 - i] for i in rows.tolist()], 1)
         if args.key_bias is not None:
-            bias = bias + args.key_bias[:, None, None].to(bias)
-        self.lse = (self.s + bias).logsumexp(-1)
-        least = torch.where(self.lse == -torch.inf, 0.0, self.lse)
-        self.shares = (bias - least.unsqueeze(-1)).exp_()
+            weights = weights * (args.key_bias == 0)[:, None, None]
+        total = (self.s.exp() * weights).sum(-1)
+        self.lse = top + total.log()
+        self.shares = weights / total.clamp(min=torch.finfo(total.dtype).tiny).unsqueeze(-1)
         self.rows = rows
         keys = torch.linspace(0, work.keys - 1, min(SAMPLED_KEYS, work.keys), device=q.device).long()
         x, y = args.scale * q[:, :, rows].mT, k[:, :, keys].mT
