@@ -187,8 +187,8 @@ def rope_attention(
         scale: of the scores, by default 1 / sqrt(D).
         enable_gqa: allows Hkv < Hq, Hkv dividing Hq; head h uses key head h // (Hq / Hkv).
         rtol: each row errs by at most rtol max_j |v_j - o_i| in the maximum norm, the maximum over the keys that it
-            sees; beside it only rounding, as in any attention of that dtype (``plan.rounding``). Without gradients part of
-            it may go to products in bfloat16 (``plan.top_bf16``).
+            sees; beside it only rounding, as in any attention of that dtype (``plan.rounding``). Without gradients,
+            products in bfloat16 may take a part of it (``plan.top_bf16``).
         method: "auto" takes the fastest route, "exact" torch's attention or tiles of our own where these are faster,
             "polynomial" insists.
         key_mask: (B, M) bool, True where a key takes part. A row that sees no key is zero.
