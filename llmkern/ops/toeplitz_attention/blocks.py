@@ -69,7 +69,8 @@ class BlockProduct:
         )
 
     def errors(self, x: Tensor, y: Tensor, weights: Tensor, symbols: Tensor, interpolation: Tensor) -> Tensor:
-        """(tokens, 2): what interpolation and rounding add to sums of monomials of these weights, at most.
+        """(tokens, 2): what interpolation and rounding add to sums of monomials of these weights, at most; x and y are
+        their absolute values.
 
         ``interpolation`` (1 or R, 2 count - 1): errors of the symbols by difference of blocks.
         """
@@ -78,9 +79,9 @@ class BlockProduct:
         unit = ROUNDING * terms**0.5 * torch.finfo(x.dtype).eps / 2 * float(self.basis.abs().sum(1).amax()) ** 2
         of_lags = torch.stack([interpolation, unit * lag_magnitudes(symbols, self.layout)])
         # sum_j |y_j^alpha| of the largest block of keys.
-        largest = y.abs().unflatten(1, (count, size)).sum(-1).amax(-1) * weights
+        largest = y.unflatten(1, (count, size)).sum(-1).amax(-1) * weights
         reach = sums_over_far(of_lags, self.layout) * largest[:, None]
-        blocks = x.abs().unflatten(1, (count, size)).permute(1, 2, 0)
+        blocks = x.unflatten(1, (count, size)).permute(1, 2, 0)
         return (blocks @ reach.permute(2, 1, 0)).flatten(0, 1)
 
     def _states(self, rows: Tensor, columns: Tensor) -> Tensor:
@@ -98,7 +99,7 @@ class BlockProduct:
         """The transpose of ``_states`` in its first argument's place: (tokens, c)."""
         blocks = rows.unflatten(1, (self.layout.count, self.layout.size)).permute(1, 2, 0)
         at_nodes = (blocks @ states.flatten(2)).unflatten(2, (self.nodes, -1))
-        return (at_nodes * self.basis[:, :, None]).sum(2).flatten(0, 1)
+        return at_nodes.mul_(self.basis[:, :, None]).sum(2).flatten(0, 1)
 
     def _pull_rows(self, states: Tensor, columns: Tensor) -> Tensor:
         """Gradient of the rows in ``_states``: (R, tokens)."""

@@ -13,7 +13,7 @@ from llmkern.ops.toeplitz_attention.fourier import fast_length
 from llmkern.ops.toeplitz_attention.layout import Layout
 
 # Python and planning, whatever the threads.
-FIXED_SECONDS = 2.5e-3
+FIXED_SECONDS = 1.5e-3
 # What a prediction must promise before a fast route is taken: predictions err, and leave out the search for nodes.
 GAIN = 1.5
 # Blocks take what their rates say in one process and up to 1.7 times as long in another.

@@ -118,7 +118,7 @@ class Problem:
                 assert interpolation is not None
                 x, y = (self.tables.rows(t) for t in variables)
                 sums = self.product.forward(x, y, *options)
-                errors = self.product.errors(x, y, weights, symbols, interpolation[h]).T
+                errors = self.product.errors(x.abs_(), y.abs_(), weights, symbols, interpolation[h]).T
             else:
                 sums = self.product.forward(*variables, *options)
                 errors = torch.zeros_like(sums[:, :2].T)

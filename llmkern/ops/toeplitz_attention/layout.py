@@ -21,8 +21,9 @@ from torch import Tensor
 
 # Tables that end within the last block go on as polynomials of this degree; see ``extended``.
 EXTENSION_DEGREE = 5
-# Entries of an interpolated symbol that are compared at a time, and every how many tokens where few are enough.
-COMPARED, SPARSE = 2**20, 4
+# Entries of an interpolated symbol that are compared at a time, so few that they stay in the cache, and every how many
+# tokens where few are enough.
+COMPARED, SPARSE = 2**18, 4
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,10 @@ def interpolation_errors(symbols: Tensor, layout: Layout, nodes: int, sparsely: 
         # Entry [I - J, u, size - 1 - w] is the symbol at (I - J) size + u - w.
         truth = symbol.as_strided((2 * count - 1, size, size), (size, 1, 1), symbol.storage_offset())
         truth = truth[:, ::stride, ::stride]
-        for part in looked_at.split(step):
+        for lags_of_part in looked_at.split(step):
+            first, last = int(lags_of_part[0]), int(lags_of_part[-1])
+            # A view where it can be one.
+            part = slice(first, last + 1) if last - first + 1 == len(lags_of_part) else lags_of_part
             between = left @ symbol[places[part]] @ right
             row[part] = between.sub_(truth[part]).abs_().flatten(1).amax(-1)
     return errors[:, lags + count - 1] * far
