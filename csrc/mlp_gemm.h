@@ -46,37 +46,13 @@ class PackedChunks {
     const int64_t width = base_.width, parts = base_.parts;
     A* const wide = scratch_.reserve(count * parts * width);
     at::parallel_for(0, count * parts, std::max<int64_t>(1, 32768 / width), [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) unpack(first * parts + r, wide + r * width);
+      for (int64_t r = begin; r < end; ++r) base_.unpack<A>(first * parts + r, 0, width, wide + r * width);
     });
     const auto rows = [&](int64_t part) { return Rows<A>{wide + part * width, parts * width, hidden_}; };
     return {parts == 3 ? rows(0) : Rows<A>{}, rows(parts - 2), rows(parts - 1), true};
   }
 
  private:
-  template <typename Row>
-  void unpack_row(const Row& row, int64_t scale_at, A* to) const {
-    const int64_t step = Row::kScaled ? base_.group : base_.width;
-    for (int64_t begin = 0, g = 0; begin < base_.width; begin += step, ++g) {
-      const A scale = Row::kScaled ? static_cast<A>(static_cast<float>(base_.scales[scale_at + g])) : A(1);
-      for (int64_t k = begin; k < begin + step; k += kUnit) {
-        Lanes<A> w[kUnitRegisters<A>];
-        row.template unit<A>(k, w);
-        for (int i = 0; i < kUnitRegisters<A>; ++i) store(to + k + i * kLanes<A>, w[i] * scale, All{});
-      }
-    }
-  }
-
-  void unpack(int64_t r, A* to) const {
-    const int64_t at = r * base_.width, groups = base_.bits == 16 ? 0 : base_.width / base_.group;
-    if (base_.bits == 16) {
-      unpack_row(PlainRow<c10::BFloat16>{static_cast<const c10::BFloat16*>(base_.data) + at}, 0, to);
-    } else if (base_.bits == 8) {
-      unpack_row(Int8Row{static_cast<const int8_t*>(base_.data) + at, base_.scales}, r * groups, to);
-    } else {
-      unpack_row(Int4Row{static_cast<const uint8_t*>(base_.data) + at / 2, base_.scales}, r * groups, to);
-    }
-  }
-
   PackedBase base_;
   int64_t hidden_;
   Scratch<A> scratch_;

@@ -2,13 +2,10 @@
 // mlp_gemm.h, in float32, do not reach there. LoRA is added to a product in place; activations and slopes are one pass.
 #pragma once
 
-#include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/mm.h>
 #include <ATen/ops/mul.h>
 
 #include "gemm.h"
-#include "mlp_problem.h"
+#include "mlp_base.h"
 
 namespace llmkern {
 inline namespace CPU_CAPABILITY {
@@ -17,10 +14,11 @@ inline namespace CPU_CAPABILITY {
 constexpr int64_t kMatmulTokens = 1024;
 
 struct MlpTensors {
-  at::Tensor base[3], a[3], b[3], masks[3];
+  MlpBase base;
+  at::Tensor a[3], b[3], masks[3];
   double scaling[3];
   Activation activation;
-  bool gated() const { return base[kGate].defined(); }
+  bool gated() const { return base.gated(); }
 };
 
 // to = act(e) g of n entries; without a gate (g null) act(e).
@@ -83,7 +81,7 @@ class MlpMatmul {
       if (!kept.numel()) low[part] = linear(part, x, t_.masks[part], pre[part]);
     }
     const at::Tensor dh = wide(tokens);
-    at::mm_out(const_cast<at::Tensor&>(dh), dy, t_.base[kDown]);
+    t_.base.to_channels(kDown, dy, dh);
     dlow[kDown] = back_through(kDown, dy, dh);
     // What was kept is not written to.
     at::Tensor h = pre[first_part_], dg = pre[kUp];
@@ -93,9 +91,8 @@ class MlpMatmul {
     const at::Tensor d[3] = {dh, t_.gated() ? dg : dh, dy};
     const at::Tensor in[3] = {x, x, h};
     if (wanted(0)) {
-      at::Tensor dx = grads[0];
-      at::mm_out(dx, d[first_part_], t_.base[first_part_]);
-      if (t_.gated()) dx.addmm_(d[kUp], t_.base[kUp]);
+      t_.base.from_channels(first_part_, d[first_part_], grads[0], false);
+      if (t_.gated()) t_.base.from_channels(kUp, d[kUp], grads[0], true);
     }
     for (int part = first_part_; part <= kDown; ++part) {
       at::Tensor base = grads[1 + part], a = grads[4 + 2 * part], b = grads[5 + 2 * part];
@@ -116,11 +113,15 @@ class MlpMatmul {
   static at::Tensor masked(const at::Tensor& t, const at::Tensor& mask) {
     return mask.defined() ? at::mul(t, mask) : t;
   }
-  at::Tensor wide(int64_t tokens) const { return at::empty({tokens, t_.base[kUp].size(0)}, t_.base[kUp].options()); }
+  at::Tensor wide(int64_t tokens) const { return at::empty({tokens, t_.base.inner()}, at::kBFloat16); }
 
   // to = in W^T + s A (mask in) B^T; returns A (mask in).
   at::Tensor linear(int part, const at::Tensor& in, const at::Tensor& mask, at::Tensor to) const {
-    at::mm_out(to, in, t_.base[part].t());
+    if (part == kDown) {
+      t_.base.from_channels(part, in, to, false);
+    } else {
+      t_.base.to_channels(part, in, to);
+    }
     if (!t_.a[part].defined()) return {};
     const at::Tensor low = at::mm(masked(in, mask), t_.a[part].t());
     to.addmm_(low, t_.b[part].t(), 1, t_.scaling[part]);

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "mlp_activation.h"
-#include "mlp_rows.h"
+#include "mlp_matrix.h"
 
 namespace llmkern {
 inline namespace CPU_CAPABILITY {
@@ -23,6 +23,36 @@ struct PackedBase {
   // 16, 8 or 4
   int bits = 0;
   int64_t parts = 0, width = 0, group = 0;
+
+  // Entries [k0, k1) of a row, whole units, and whole groups where there are such; A is the type of computation.
+  template <typename A, typename T>
+  void unpack(int64_t row, int64_t k0, int64_t k1, T* to) const {
+    if (bits == 16) {
+      unpack_row<A>(PlainRow<c10::BFloat16>{static_cast<const c10::BFloat16*>(data) + row * width}, k0, k1, to);
+      return;
+    }
+    const c10::BFloat16* of_row = scales + row * (width / group);
+    if (bits == 8) {
+      unpack_row<A>(Int8Row{static_cast<const int8_t*>(data) + row * width, of_row}, k0, k1, to);
+    } else {
+      unpack_row<A>(Int4Row{static_cast<const uint8_t*>(data) + row * (width / 2), of_row}, k0, k1, to);
+    }
+  }
+
+ private:
+  template <typename A, typename Row, typename T>
+  void unpack_row(const Row& row, int64_t k0, int64_t k1, T* to) const {
+    const int64_t step = Row::kScaled ? group : k1 - k0;
+    for (int64_t begin = k0; begin < k1; begin += step) {
+      A scale = 1;
+      if constexpr (Row::kScaled) scale = static_cast<A>(static_cast<float>(row.scales[begin / step]));
+      for (int64_t k = begin; k < begin + step; k += kUnit) {
+        Lanes<A> w[kUnitRegisters<A>];
+        row.template unit<A>(k, w);
+        for (int i = 0; i < kUnitRegisters<A>; ++i) store(to + k - k0 + i * kLanes<A>, w[i] * scale, All{});
+      }
+    }
+  }
 };
 
 template <typename A>

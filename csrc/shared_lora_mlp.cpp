@@ -65,23 +65,27 @@ struct Inputs {
   // what enters the activation, which could flip the slope of relu.
   bool by_matmul() const {
     const auto fits = [](const at::Tensor& t) { return !t.defined() || t.scalar_type() == at::kBFloat16; };
-    return multiplies_bf16() && activation != Activation::kRelu && fits(x) && fits(base[packed ? 0 : kUp]) &&
+    return multiplies_bf16() && activation != Activation::kRelu && fits(x) && (packed || fits(base[kUp])) &&
            std::all_of(pairs, pairs + 6, fits);
   }
 
-  // gate and up (I, H) or down (H, I), as a view of packed weights in bfloat16.
-  at::Tensor packed_part(int part) const {
-    const int64_t index = part - kDown + base[0].size(1) - 1;
-    if (index < 0) return {};
-    const at::Tensor rows = base[0].select(1, index).narrow(1, 0, x.size(1));
-    return part == kDown ? rows.t() : rows;
+  MlpBase rows() const {
+    if (packed && base[1].defined()) return {packed_base(), x.size(1), inner()};
+    at::Tensor by_channel[3];
+    for (int part = 0; part < 3; ++part) {
+      if (packed && (part != kGate || gated())) {
+        by_channel[part] = base[0].select(1, part - kDown + base[0].size(1) - 1).narrow(1, 0, x.size(1));
+      } else if (!packed) {
+        by_channel[part] = part == kDown ? base[part].t() : base[part];
+      }
+    }
+    return MlpBase(by_channel);
   }
 
   MlpTensors tensors() const {
-    MlpTensors t{{}, {}, {}, {}, {}, activation};
+    MlpTensors t{rows(), {}, {}, {}, {}, activation};
     for (int part = 0; part < 3; ++part) {
-      t.base[part] = packed ? packed_part(part) : base[part], t.masks[part] = dropped[part],
-      t.scaling[part] = scales[part];
+      t.masks[part] = dropped[part], t.scaling[part] = scales[part];
       t.a[part] = pairs[2 * part], t.b[part] = pairs[2 * part + 1];
     }
     return t;

@@ -226,6 +226,33 @@ def test_groups_of_any_size_meet_lines_of_memory(dtype: str, group: int, rows: i
     assert_no_worse_than_torch(base.function, base.reference, tensors, (NAMES[0], *NAMES[4:]))
 
 
+@pytest.mark.parametrize(("dtype", "group"), [("int8", 32), ("int4", 2048)])
+def test_many_tokens_over_packs_of_several_panels(dtype: str, group: int, device: str) -> None:
+    """More weights than are unpacked at once, in channels and in outputs."""
+    base = Packed(dtype, group)
+    tensors = base.make(12, 4096, torch.bfloat16, device)
+    assert_no_worse_than_torch(base.function, base.reference, tensors, (NAMES[0], *NAMES[4:]))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("width", [20, 1500])
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "int4"])
+def test_a_few_tokens_are_the_same_with_any_number_of_threads(dtype: str, width: int, rows: int) -> None:
+    """More threads than slices of channels or rows of LoRA, and fewer; no thread reads what another has yet to write."""
+    base = Packed(dtype, 32)
+    x, *pairs = base.make(rows, width, torch.bfloat16, "cpu")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = base.function(x, *pairs)
+        for threads in (2, 13):
+            torch.set_num_threads(threads)
+            assert all(torch.equal(base.function(x, *pairs), alone) for _ in range(10))
+    finally:
+        torch.set_num_threads(before)
+    assert_no_worse_than_torch(base.function, base.reference, [x, *pairs], (NAMES[0], *NAMES[4:]))
+
+
 def test_int4_uses_all_sixteen_values() -> None:
     up = torch.arange(-8.0, 8.0).repeat(1, 2)
     packed = pack_mlp(MlpWeights(None, up, up.mT.contiguous()), dtype="int4", group_size=32)
