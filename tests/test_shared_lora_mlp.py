@@ -238,7 +238,7 @@ def test_many_tokens_over_packs_of_several_panels(dtype: str, group: int, device
 @pytest.mark.parametrize("width", [20, 1500])
 @pytest.mark.parametrize("dtype", ["bf16", "int8", "int4"])
 def test_a_few_tokens_are_the_same_with_any_number_of_threads(dtype: str, width: int, rows: int) -> None:
-    """More threads than slices of channels or rows of LoRA, and fewer; no thread reads what another has yet to write."""
+    """More threads than slices of channels or rows of LoRA, and fewer; none reads what another has yet to write."""
     base = Packed(dtype, 32)
     x, *pairs = base.make(rows, width, torch.bfloat16, "cpu")
     before = torch.get_num_threads()
