@@ -70,10 +70,10 @@ class _Spread(torch.autograd.Function):
         size, rank, n = dist.get_world_size(group), dist.get_rank(group), len(text)
         _refuse_unequal(n, size, group, text.device)
         everyone = text.new_empty(size * n, text.shape[1])
-        dist.all_gather_into_tensor(everyone, text.contiguous(), group=group)
+        _all_gather(everyone, text.contiguous(), group=group)
         rows, part, pairs = torch.ops.llmkern.two_way_lse_fwd(image, everyone, scale, rank * n, False)
         parts = part.new_empty((2 * size, part.shape[1]))
-        dist.all_gather_into_tensor(parts, part, group=group)
+        _all_gather(parts, part, group=group)
         columns = in_two(parts.view(size, 2, -1).double().sum(1).logsumexp(0), part.dtype)
         ctx.save_for_backward(image, everyone, scale, rows, columns)
         ctx.group, ctx.own = group, slice(rank * n, (rank + 1) * n)
@@ -86,7 +86,7 @@ class _Spread(torch.autograd.Function):
 
         columns = ctx.saved_tensors[4]
         everywhere = torch.empty_like(columns[0])
-        dist.all_gather_into_tensor(everywhere, dcolumns[0].contiguous(), group=ctx.group)
+        _all_gather(everywhere, dcolumns[0].contiguous(), group=ctx.group)
         # The gradient of the text is a sum over processes, so every one of them computes it, wanted here or not.
         needs = [ctx.needs_input_grad[0], True, ctx.needs_input_grad[2]]
         dimage, dtext, dscale = torch.ops.llmkern.two_way_lse_bwd(
@@ -117,10 +117,16 @@ class _MeanOfShares(torch.autograd.Function):
         return dloss / ctx.size, None
 
 
-def _refuse_unequal(n: int, size: int, group: ProcessGroup, device: torch.device) -> None:
+def _all_gather(everywhere: Tensor, here: Tensor, *, group: ProcessGroup) -> None:
     import torch.distributed as dist
 
+    # Its name from torch 2.13 on; the older one warns there.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(everywhere, here, group=group)
+
+
+def _refuse_unequal(n: int, size: int, group: ProcessGroup, device: torch.device) -> None:
     counts = torch.empty(size, dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(counts, torch.tensor([n], device=device), group=group)
+    _all_gather(counts, torch.tensor([n], device=device), group=group)
     if bool((counts != n).any()):
         raise bad_value("clip_loss", "the same number of rows in every process of group", counts.tolist())
