@@ -12,14 +12,12 @@
 #pragma once
 
 #include <array>
-#include <cmath>
 #include <memory>
 #include <mutex>
-#include <numbers>
 #include <vector>
 
 #include "common.h"
-#include "small_transform.h"
+#include "fourier_stage.h"
 
 namespace llmkern {
 inline namespace CPU_CAPABILITY {
@@ -36,7 +34,7 @@ template <typename A>
 class Transform {
  public:
   static constexpr int kWidth = kLanes<A>, kHalf = kWidth / 2;
-  static constexpr int64_t kElement = 2 * kWidth;
+  static constexpr int64_t kElement = llmkern::kElement<A>;
 
   explicit Transform(int64_t length) : length_(length), elements_(length / kWidth), segment_(elements_ + kWidth) {
     TORCH_CHECK(elements_ > 0 && length % (kWidth * kWidth) == 0, "a transform of ", length, " numbers in ", kWidth,
@@ -47,11 +45,7 @@ class Transform {
                   " times 2^a 3^b 5^c");
       last_radix_ = radix;
       if (block == radix) break;
-      Stage stage{radix, block, {}};
-      for (int64_t j = 0; j < block / radix; ++j) {
-        for (int64_t k = 1; k < radix; ++k) add_turn(stage.turns, j * k, block);
-      }
-      stages_.push_back(std::move(stage));
+      stages_.emplace_back(radix, block);
       block /= radix;
     }
     for (int64_t q = 0; q < kWidth; ++q) add_turn(place_turns_, q, 4 * kWidth);
@@ -61,7 +55,7 @@ class Transform {
     }
     for (int lane = 0; lane < kWidth; ++lane) {
       for (int64_t r = 0; r < kWidth; ++r) {
-        const auto [c, s] = turn(quarters(lane) * r, 4 * length);
+        const auto [c, s] = turn<A>(quarters(lane) * r, 4 * length);
         lane_turns_[lane].re[r] = c, lane_turns_[lane].im[r] = s;
       }
     }
@@ -115,12 +109,6 @@ class Transform {
   }
 
  private:
-  struct Stage {
-    int radix;
-    int64_t block;
-    std::vector<A> turns;
-  };
-
   // body(i, place, n): n numbers from number first + i on stand at that place of a row.
   template <typename Body>
   void for_segments(int64_t first, int64_t count, Body body) const {
@@ -135,17 +123,6 @@ class Transform {
       while (x % prime == 0) x /= prime;
     }
     return x == 1;
-  }
-
-  // e^{-2 pi i part / whole}
-  static std::pair<A, A> turn(int64_t part, int64_t whole) {
-    const double angle = -2 * std::numbers::pi * static_cast<double>(part) / static_cast<double>(whole);
-    return {static_cast<A>(std::cos(angle)), static_cast<A>(std::sin(angle))};
-  }
-  static void add_turn(std::vector<A>& turns, int64_t part, int64_t whole) {
-    const auto [c, s] = turn(part, whole);
-    turns.push_back(c);
-    turns.push_back(s);
   }
 
   // Four times the frequency of a lane, modulo 4 kLanes: even ones come first.
@@ -214,42 +191,24 @@ class Transform {
     return x.times(fill(by[0]), fill(-by[1]));
   }
 
-  template <typename Body>
-  static void with_radix(int radix, Body body) {
-    switch (radix) {
-      case 1:
-        return body.template operator()<1>();
-      case 2:
-        return body.template operator()<2>();
-      case 3:
-        return body.template operator()<3>();
-      case 4:
-        return body.template operator()<4>();
-      case 5:
-        return body.template operator()<5>();
-      default:
-        return body.template operator()<8>();
-    }
-  }
-
   template <int kThere, int kBack, typename Product>
   void descend(size_t level, A* const* buffers, int64_t begin, int64_t end, Product& product) const {
     if (end - begin > kSmallTransform) {
-      const Stage& stage = stages_[level];
-      for (int b = 0; b < kThere; ++b) there(stage, buffers[b], begin, end);
+      const Stage<A>& stage = stages_[level];
+      for (int b = 0; b < kThere; ++b) stage.there(buffers[b], begin, end);
       const int64_t step = stage.block / stage.radix;
       for (int64_t at = begin; at < end; at += step) descend<kThere, kBack>(level + 1, buffers, at, at + step, product);
-      for (int b = 0; b < kBack; ++b) back(stage, buffers[b], begin, end);
+      for (int b = 0; b < kBack; ++b) stage.back(buffers[b], begin, end);
       return;
     }
     for (int b = 0; b < kThere; ++b) {
-      for (size_t s = level; s < stages_.size(); ++s) there(stages_[s], buffers[b], begin, end);
+      for (size_t s = level; s < stages_.size(); ++s) stages_[s].there(buffers[b], begin, end);
     }
     with_radix(last_radix_, [&]<int R>() {
       for (int64_t at = begin; at < end; at += R) last_stage<kThere, kBack, R>(buffers, at, product);
     });
     for (int b = 0; b < kBack; ++b) {
-      for (size_t s = stages_.size(); s-- > level;) back(stages_[s], buffers[b], begin, end);
+      for (size_t s = stages_.size(); s-- > level;) stages_[s].back(buffers[b], begin, end);
     }
   }
 
@@ -274,57 +233,9 @@ class Transform {
     }
   }
 
-  void there(const Stage& stage, A* buffer, int64_t begin, int64_t end) const {
-    with_radix(stage.radix, [&]<int R>() {
-      for (int64_t at = begin; at < end; at += stage.block) there_block<R>(stage, buffer + at * kElement);
-    });
-  }
-
-  void back(const Stage& stage, A* buffer, int64_t begin, int64_t end) const {
-    with_radix(stage.radix, [&]<int R>() {
-      for (int64_t at = begin; at < end; at += stage.block) back_block<R>(stage, buffer + at * kElement);
-    });
-  }
-
-  template <int R>
-  LLMKERN_INLINE static void there_block(const Stage& stage, A* block) {
-    const int64_t step = stage.block / R * kElement;
-    for (int64_t j = 0; j < stage.block / R; ++j) {
-      A* at = block + j * kElement;
-      Complex<A> x[R];
-      unrolled<R>([&](auto q) LLMKERN_INLINE { x[q] = load_complex(at + q * step); });
-      small_transform<R, -1>(x);
-      if (j > 0) {
-        const A* turns = stage.turns.data() + 2 * (R - 1) * j;
-        unrolled<R - 1>([&](auto k)
-                            LLMKERN_INLINE { x[k + 1] = x[k + 1].times(fill(turns[2 * k]), fill(turns[2 * k + 1])); });
-      }
-      unrolled<R>([&](auto k) LLMKERN_INLINE { store_complex(at + k * step, x[k]); });
-    }
-  }
-
-  template <int R>
-  LLMKERN_INLINE static void back_block(const Stage& stage, A* block) {
-    const int64_t step = stage.block / R * kElement;
-    for (int64_t j = 0; j < stage.block / R; ++j) {
-      A* at = block + j * kElement;
-      Complex<A> x[R];
-      unrolled<R>([&](auto k) LLMKERN_INLINE { x[k] = load_complex(at + k * step); });
-      if (j > 0) {
-        const A* turns = stage.turns.data() + 2 * (R - 1) * j;
-        unrolled<R - 1>([&](auto k) LLMKERN_INLINE {
-          const Lanes<A> c = fill(turns[2 * k]), s = fill(turns[2 * k + 1]);
-          x[k + 1] = {x[k + 1].re * c + x[k + 1].im * s, x[k + 1].im * c - x[k + 1].re * s};
-        });
-      }
-      small_transform<R, 1>(x);
-      unrolled<R>([&](auto q) LLMKERN_INLINE { store_complex(at + q * step, x[q]); });
-    }
-  }
-
   int64_t length_, elements_, segment_;
   // All but the last, whose blocks are its radix.
-  std::vector<Stage> stages_;
+  std::vector<Stage<A>> stages_;
   int last_radix_ = 1;
   std::vector<A> place_turns_, half_turns_, run_turns_;
   Complex<A> lane_turns_[kWidth];

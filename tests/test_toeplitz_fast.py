@@ -16,7 +16,9 @@ from torch import Tensor
 import llmkern
 from llmkern import RelativeBias, RelativeMatrix, Rotary, plan_toeplitz_attention, toeplitz_attention
 from llmkern.ops.toeplitz_attention import plan as planning
+from llmkern.ops.toeplitz_attention.arguments import check_arguments
 from llmkern.ops.toeplitz_attention.blocks import BlockProduct
+from llmkern.ops.toeplitz_attention.cost import Work
 from llmkern.ops.toeplitz_attention.fourier import (
     TRANSFORMS,
     FourierProduct,
@@ -186,9 +188,10 @@ def test_nothing_wraps_around(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_rotary_matrices_agree_with_rope_attention(method: str, is_causal: bool) -> None:
-    n, rtol = 150, 1e-3
+    n, rtol = 150, 1e-4
     q, k, v = bounded(n, n, 4)
-    rotary = Rotary(4, base=3e4, scaling={"rope_type": "linear", "factor": 400.0})
+    # So slow that blocks follow it, and fast enough for a turn the other way to show.
+    rotary = Rotary(4, base=3e4, scaling={"rope_type": "linear", "factor": 40.0})
     relative = RelativeMatrix.from_rotary(rotary, 2, n, dtype=torch.float64)
     options: dict[str, Any] = {"is_causal": is_causal, "scale": 1.0, "rtol": rtol}
     out = toeplitz_attention(q, k, v, relative=relative, method=method, **options)
@@ -266,6 +269,22 @@ def test_what_cannot_be_certified_is_refused() -> None:
     plan = plan_toeplitz_attention(q, k, v, relative=rough, method="fft")
     with pytest.raises(ValueError, match=r"expected a plan for key shifts .*, is_causal=True"):
         toeplitz_attention(q, k, v, relative=rough, plan=plan, is_causal=True)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_plans_sample_the_shares_of_keys(is_causal: bool) -> None:
+    """Of a rough table, where one distance is nothing like the next."""
+    n, m = 90, 70
+    q, k, v = bounded(n, m)
+    table = normal(2, 2 * n + 3, seed=5, dtype=torch.float64)
+    mask = torch.arange(m)[None] % 5 != 0
+    args = check_arguments("test", q, k, v, RelativeBias(table), is_causal, 1.0, 1e-2, "fft", mask)
+    planner = planning._Planner("test", args, 1e-2, "fft", Work.of(args), 1.0)
+    assert planner.plan().method == "fft"
+    s = relative_scores(q, k - planner.shift, table[:, None], None, 1.0).masked_fill(~mask, -torch.inf)
+    s = s.masked_fill(torch.arange(m) > torch.arange(n)[:, None], -torch.inf) if is_causal else s
+    shares = planner.shares * planner.s.exp()
+    torch.testing.assert_close(shares, s.softmax(-1)[:, :, planner.rows].nan_to_num(), rtol=0, atol=1e-14)
 
 
 # Parts ----------------------------------------------------------------------------------------------------------------
