@@ -14,7 +14,8 @@
 namespace llmkern {
 inline namespace CPU_CAPABILITY {
 
-constexpr int64_t kDecodeTokens = 8;
+// Tokens that go this way at most.
+constexpr int64_t kDecodeTokens = 24;
 constexpr int kBlockChannels = 8;
 constexpr int64_t kSlices = 32;
 // Numbers of weights that are worth the waking of a thread.

@@ -69,6 +69,14 @@ struct Inputs {
            std::all_of(pairs, pairs + 6, fits);
   }
 
+  // Tokens up to which streaming the weights takes less time than products of matrices: the two ways met at 8 to 12, 14
+  // to 18 and 24 to 27 tokens with plain weights, packs in bfloat16, and packs in int8 and int4 (896x4864, AVX-512).
+  int64_t few_tokens() const {
+    if (!by_matmul()) return 8;
+    if (!packed) return 10;
+    return base[1].defined() ? kDecodeTokens : 16;
+  }
+
   MlpBase rows() const {
     if (packed && base[1].defined()) return {packed_base(), x.size(1), inner()};
     at::Tensor by_channel[3];
@@ -196,7 +204,7 @@ std::tuple<at::Tensor, at::Tensor> forward(const at::Tensor& x, const OptionalTe
   if (x.size(0) == 0) return {y, kept};
   LLMKERN_DISPATCH(x.scalar_type(), [&] {
     using A = Acc<scalar_t>;
-    if (x.size(0) <= kDecodeTokens && !keep && !in.masked()) return decode<scalar_t>(in, y);
+    if (x.size(0) <= in.few_tokens() && !keep && !in.masked()) return decode<scalar_t>(in, y);
     if (in.by_matmul()) return MlpMatmul(in.tensors()).forward(in.x, keep ? kept : at::Tensor(), y);
     in.widen_lora(c10::CppTypeToScalarType<A>::value);
     const MlpProblem<A> problem = in.problem<A>();
