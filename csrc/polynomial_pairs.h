@@ -90,9 +90,9 @@ class PairedState {
 
 #if defined(CPU_CAPABILITY_AVX512)
 
-// acc[m][n] += sum over k of the products of pairs a[m * a_row + k * a_depth] and b[k * b_depth + lane].
+// acc.at[m][n] += sum over k of the products of pairs a[m * a_row + k * a_depth] and b[k * b_depth + lane].
 template <int M, int N>
-[[gnu::target("avx512bf16"), gnu::always_inline]] inline void add_pair_products(Floats (&acc)[M][N], int64_t depth,
+[[gnu::target("avx512bf16"), gnu::always_inline]] inline void add_pair_products(Tile<M, N, float>& acc, int64_t depth,
                                                                                 const Pair* a, int64_t a_row,
                                                                                 int64_t a_depth, const Pair* b,
                                                                                 int64_t b_depth) {
@@ -104,7 +104,7 @@ template <int M, int N>
     for (int m = 0; m < M; ++m) {
       const auto x = reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a[m * a_row])));
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) acc[m][n] = _mm512_dpbf16_ps(acc[m][n], x, row[n]);
+      for (int n = 0; n < N; ++n) acc.at[m][n] = _mm512_dpbf16_ps(acc.at[m][n], x, row[n]);
     }
   }
 }
@@ -115,14 +115,14 @@ template <int M, int N>
                                                                           const Pair* b, int64_t b_depth,
                                                                           const float* weights, float* to,
                                                                           int64_t to_row) {
-  Floats acc[M][N] = {};
+  Tile<M, N, float> acc{};
   add_pair_products<M, N>(acc, depth, a, a_row, 1, b, b_depth);
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
       float* at = to + m * to_row + n * kLanes<float>;
-      store(at, load(at, All{}) + weights[m] * acc[m][n], All{});
+      store(at, load(at, All{}) + weights[m] * acc.at[m][n], All{});
     }
   }
 }
@@ -134,21 +134,14 @@ template <int M, int N>
                                                                          int64_t stride, const float* by_degree,
                                                                          float* out) {
   for (const auto& block : state.blocks()) {
-    Floats acc[M][N] = {};
+    Tile<M, N, float> acc{};
     add_pair_products<M, N>(acc, block.count, state.pairs(block, column), 1, state.columns(),
                             paired + block.first * stride, stride);
     const float* by = variable_row(panel, block.dim, stride);
     Floats x[N];
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) x[n] = by_degree[block.degree] * load(by + n * kLanes<float>, All{});
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) {
-        float* at = out + m * stride + n * kLanes<float>;
-        store(at, load(at, All{}) + x[n] * acc[m][n], All{});
-      }
-    }
+    update_tile(out, stride, acc, [&](Floats old, Floats sums, int n) { return old + x[n] * sums; });
   }
 }
 

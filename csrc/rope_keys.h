@@ -27,14 +27,14 @@ class KeyPanel {
         stride_(token_stride<A>(std::min(kPanelTokens, tokens))),
         panel_(panel_rows(side.in.tables) * stride_),
         columns_(side.in.width() * stride_),
-        features_(side.in.pairs() ? panel_rows(side.in.tables) * stride_ / 2 : 0),
+        features_(side.in.top_in_bf16() ? panel_rows(side.in.tables) * stride_ / 2 : 0),
         multiplicity_(side.in.tables.multiplicity.begin(), side.in.tables.multiplicity.end()) {}
 
   // Of keys [begin, begin + count); returns the sum of their weights.
   double build(int64_t begin, int64_t count) const {
     build_key_panel(side_, begin, count, stride_, panel_.get());
     if constexpr (std::is_same_v<A, float>) {
-      if (side_.in.pairs()) pair_tokens(side_.in.tables, panel_.get(), stride_, stride_, features_.get());
+      if (side_.in.top_in_bf16()) pair_tokens(side_.in.tables, panel_.get(), stride_, stride_, features_.get());
     }
     return side_.columns(begin, count, stride_, true, columns_.get());
   }
@@ -45,9 +45,9 @@ class KeyPanel {
   void add_to(A* state, int64_t begin, int64_t end, A* scratch) const {
     const Problem<T>& in = side_.in;
     add_moments(in.tables, panel_.get(), columns_.get(), in.width(), stride_, stride_, multiplicity_.data(), scratch,
-                state, begin, end, !in.pairs());
+                state, begin, end, !in.top_in_bf16());
     if constexpr (std::is_same_v<A, float>) {
-      if (in.pairs())
+      if (in.top_in_bf16())
         add_moments_of_pairs(in.tables, features_.get(), panel_.get(), columns_.get(), in.width(), stride_, stride_,
                              multiplicity_.data(), scratch, state, begin, end);
     }

@@ -92,7 +92,7 @@ struct Problem {
   int64_t width() const { return value_dim + 1; }
   // Whether values are multiplied with features of the highest degree in bfloat16. The last column, whose sums certify,
   // never is.
-  bool pairs() const {
+  bool top_in_bf16() const {
     return options.top_bf16 && std::is_same_v<A, float> && multiplies_bf16() && tables.leading == dim;
   }
   const A* query(int64_t g, int64_t i) const { return q + g * q_head + i * dim; }

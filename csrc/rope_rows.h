@@ -32,7 +32,7 @@ template <typename T, typename A = Acc<T>>
 class RowStates {
  public:
   explicit RowStates(const Problem<T>& in) : width_(in.width()) {
-    if (in.pairs()) top_.emplace(in.tables, in.value_dim);
+    if (in.top_in_bf16()) top_.emplace(in.tables, in.value_dim);
   }
 
   RowState<A> of(const A* rows) {
@@ -61,7 +61,7 @@ class RowTile {
         panel_(panel_rows(in_.tables) * stride_),
         sums_((in_.width() + 2) * stride_),
         scratch_((kKeyBlock + 2) * stride_),
-        paired_(in_.pairs() ? (panel_rows(in_.tables) + 1) / 2 * stride_ : 0) {}
+        paired_(in_.top_in_bf16() ? (panel_rows(in_.tables) + 1) / 2 * stride_ : 0) {}
 
   // Rows [begin, begin + count) of head g. ``state``: of the keys that come before, or none; ``weight``: the sum of its
   // weights; ``heavy``: keys beyond the limit, of which those before ``heavy_end`` count; ``recent``: the keys of this
