@@ -59,6 +59,25 @@ class Layer:
         return [(name, parameter) for name, parameter in module.named_parameters() if "lora_" in name]
 
 
+class Draw:
+    """Random numbers that leave the size of what they multiply as it is."""
+
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        self.device, self.dtype, self.generator = device, dtype, torch.Generator().manual_seed(0)
+
+    def __call__(self, *size: int) -> Tensor:
+        return (torch.randn(size, generator=self.generator) / size[-1] ** 0.5).to(self.device, self.dtype)
+
+    def weights(self, shape: tuple[int, int]) -> MlpWeights:
+        hidden, inner = shape
+        return MlpWeights(self(inner, hidden), self(inner, hidden), self(hidden, inner))
+
+    def layer(self, shape: tuple[int, int], rank: int, packing: str | None) -> Layer:
+        weights = self.weights(shape)
+        lora = [t for w in weights for t in (self(rank, w.shape[1]), self(w.shape[0], rank))]
+        return Layer(weights, lora, packing)
+
+
 class Rotation:
     """Layers of one shape; ``next(name)`` is the next one for that provider."""
 
@@ -125,24 +144,14 @@ def case(
     compile: bool = False,
 ) -> Case:
     hidden, inner = shape
-    ins_outs = ((hidden, inner), (hidden, inner), (inner, hidden))
     weight_bytes = {None: dtype.itemsize, "bf16": 2, "int8": 1 + 2 / 32, "int4": 0.5 + 2 / 32}[packing]
     n_base, n_lora = 3 * hidden * inner, 3 * rank * (hidden + inner)
 
     def inputs(device: str) -> tuple[Any, ...]:
-        generator = torch.Generator().manual_seed(0)
-
-        def normal(*size: int) -> Tensor:
-            return (torch.randn(size, generator=generator) / size[-1] ** 0.5).to(device, dtype)
-
-        def layer() -> Layer:
-            weights = MlpWeights(*(normal(outs, ins) for ins, outs in ins_outs))
-            lora = [t for ins, outs in ins_outs for t in (normal(rank, ins), normal(outs, rank))]
-            return Layer(weights, lora, packing)
-
+        draw = Draw(device, dtype)
         count = 1 if mode == "full" else max(2, round(ROTATION_BYTES / (n_base * weight_bytes)))
-        rotation = Rotation([layer() for _ in range(count)])
-        return normal(tokens, hidden), rotation.layers[0].lora if mode == "full" else [], rotation
+        rotation = Rotation([draw.layer(shape, rank, packing) for _ in range(count)])
+        return draw(tokens, hidden), rotation.layers[0].lora if mode == "full" else [], rotation
 
     def agree(results: dict[str, Any], arguments: tuple[Any, ...]) -> None:
         x, _, rotation = arguments
@@ -184,6 +193,82 @@ def case(
     return this
 
 
+class Warmup:
+    """One layer of Single Layer Warmup: its MLP, the one that it gave up, and what that gives on some tokens."""
+
+    def __init__(self, x: Tensor, layer: Layer, teacher: MlpWeights) -> None:
+        self.x, self.student, self.teacher = x, Rotation([layer]), teacher
+        self.gated = Gated(teacher)
+        self.target = self.gated(x)
+
+
+def by_op(warmup: Warmup) -> Tensor:
+    return llmkern.shared_lora_mlp(warmup.x, warmup.teacher)
+
+
+def by_torch(warmup: Warmup) -> Tensor:
+    return warmup.gated(warmup.x)
+
+
+def from_disk(warmup: Warmup) -> Tensor:
+    return warmup.target
+
+
+def warmup_loss(forward: Callable[..., Tensor], teach: Callable[[Warmup], Tensor]) -> Callable[..., Tensor]:
+    def loss(lora: list[Tensor], warmup: Warmup) -> Tensor:
+        with torch.no_grad():
+            target = teach(warmup)
+        return F.mse_loss(forward(warmup.x, lora, warmup.student).float(), target.float())
+
+    return loss
+
+
+def warmup_case(shape: tuple[int, int], rank: int, dtype: torch.dtype, tokens: int) -> Case:
+    """A step without its optimizer: the teacher's outputs as they lie on disk, or computed in each step."""
+    hidden, inner = shape
+    n_base, n_lora = 3 * hidden * inner, 3 * rank * (hidden + inner)
+
+    def inputs(device: str) -> tuple[Any, ...]:
+        draw = Draw(device, dtype)
+        layer, teacher = draw.layer(shape, rank, None), draw.weights(shape)
+        return layer.lora, Warmup(draw(tokens, hidden), layer, teacher)
+
+    def agree(results: dict[str, Any], arguments: tuple[Any, ...]) -> None:
+        lora, warmup = arguments
+        (layer,) = warmup.student.layers
+
+        def run(type_: torch.dtype) -> Any:
+            leaves = [t.detach().to(type_).requires_grad_() for t in lora]
+            x, wide = warmup.x.to(type_), torch.promote_types(type_, FP32)
+            target = Gated(MlpWeights(*(w.to(type_) for w in warmup.teacher)))(x).to(wide)
+            y = plain_mlp(x, *(w.to(type_) for w in layer.weights), leaves)
+            # What the harness asks for is minus the gradient.
+            return torch.autograd.grad(-F.mse_loss(y.to(wide), target), leaves)
+
+        check_agreement(this, {**results, "torch": run(dtype)}, run(torch.float64))
+
+    keep = partial(ours, keep=True)
+    this = Case(
+        op="shared_lora_mlp",
+        name=f"{hidden}x{inner}-r{rank}-N{tokens}",
+        dtype=dtype,
+        shape={"H": hidden, "I": inner, "R": rank, "N": tokens},
+        inputs=inputs,
+        providers={
+            "llmkern": warmup_loss(keep, from_disk),
+            "llmkern, teacher each step": warmup_loss(keep, by_op),
+            "PEFT": warmup_loss(peft, from_disk),
+            "PEFT, teacher each step": warmup_loss(peft, by_torch),
+        },
+        bytes=(n_base + n_lora) * dtype.itemsize,
+        # x needs no gradient: backward is one product of base weights, of down, and no product of LoRA with A.
+        flops=tokens * 2 * (n_base * 4 // 3 + 3 * n_lora),
+        mode="warmup",
+        agree=agree,
+    )
+    return this
+
+
 SMALL, MIDDLE, LARGE = (576, 1536), (896, 4864), (4096, 11008)
 test_decode = measure(
     [
@@ -202,4 +287,5 @@ test_prefill = measure(
         case(LARGE, 64, BF16, 512),
     ]
 )
-test_training = measure([case(MIDDLE, 64, BF16, 512, mode="full")])
+test_training = measure([case(MIDDLE, 64, dtype, 512, mode="full") for dtype in (BF16, FP32)])
+test_warmup = measure([warmup_case(MIDDLE, 64, dtype, 512) for dtype in (BF16, FP32)])

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from shared_models import GROUPS, logits, model_of, refusal
 from tiny_models import WORDS, word_tokenizer
 
 from llmkern.demo.cache import Cache
+from llmkern.integrations import shared_mlp
 from llmkern.papers.sharp import finetune, text, warmup
 from llmkern.papers.sharp.convert import convert
 from llmkern.papers.sharp.evaluate import mean_loss, write_samples
@@ -59,6 +61,28 @@ def test_warmup_lowers_every_layers_error(original, ids, teacher):
     found = float(((mlp(x) - y).square().mean() / y.square().mean()).detach())
     assert found == pytest.approx(histories[3][-1][1])
     torch.testing.assert_close(original.model.layers[3].mlp(x), y)
+
+
+def test_pre_activations_are_kept_while_a_layer_is_warmed_up_and_at_no_other_time(original, teacher, monkeypatch):
+    kept, real = [], shared_mlp.shared_lora_mlp
+
+    def watch(x, *args, keep=False, **options):
+        kept.append(keep)
+        return real(x, *args, keep=keep, **options)
+
+    monkeypatch.setattr(shared_mlp, "shared_lora_mlp", watch)
+    found = []
+    for keeping in (warmup.keeping, nullcontext):
+        monkeypatch.setattr(warmup, "keeping", keeping)
+        model = convert(original, GROUPS, rank=4)
+        warmup.warm_up(model, teacher, STEPS, layers=[3])
+        found.append(factors(model))
+        assert all(kept) == (keeping is not nullcontext)
+        kept.clear()
+    assert all(torch.equal(t, found[1][name]) for name, t in found[0].items())
+    logits(model, torch.arange(3, 9)[None])
+    assert kept
+    assert not any(kept)
 
 
 def mean_loss_against(original, model, ids):

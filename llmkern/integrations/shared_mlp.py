@@ -108,7 +108,7 @@ class ReferenceMlp(nn.Module):
         return MlpWeights(self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _run(x, self.weights, None, self.activation)
+        return shared_lora_mlp(x, self.weights, activation=self.activation)
 
 
 class LoraPair(nn.Module):
@@ -127,7 +127,7 @@ class LoraPair(nn.Module):
 
 
 class SharedMlp(nn.Module):
-    """A layer's view of its reference, with factors of its own."""
+    """A layer's view of its reference, with factors of its own; ``keep`` as in ``shared_lora_mlp``, off by default."""
 
     reference: ReferenceMlp
 
@@ -135,7 +135,7 @@ class SharedMlp(nn.Module):
         super().__init__()
         # Not a child: its weights belong to the reference's layer, once.
         object.__setattr__(self, "reference", reference)
-        self.scaling, self.dropout = scaling, dropout
+        self.scaling, self.dropout, self.keep = scaling, dropout, False
         for name in PROJECTIONS:
             rank = ranks.get(name, 0)
             setattr(self, name, LoraPair(getattr(reference, name), rank) if rank else None)
@@ -147,13 +147,9 @@ class SharedMlp(nn.Module):
         return MlpLora(gate=gate, up=up, down=down, scaling=self.scaling)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _run(x, self.reference.weights, self.lora, self.reference.activation, self.dropout * self.training)
-
-
-def _run(
-    x: Tensor, weights: MlpWeights | PackedMlp, lora: MlpLora | None, activation: str, dropout: float = 0.0
-) -> Tensor:
-    return shared_lora_mlp(x, weights, lora, activation=activation, dropout=dropout)
+        dropout = self.dropout * self.training
+        base = self.reference
+        return shared_lora_mlp(x, base.weights, self.lora, activation=base.activation, dropout=dropout, keep=self.keep)
 
 
 # Building -------------------------------------------------------------------------------------------------------------

@@ -9,11 +9,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
 
-from llmkern.integrations.shared_mlp import pack_base
+from llmkern.integrations.shared_mlp import ReferenceMlp, pack_base
 from llmkern.papers.sharp.convert import export_dense, mlp_parameters, parameters, with_tied_layers
 from llmkern.papers.sharp.files import pairs_of
+from llmkern.papers.sharp.warmup import keeping
 
 Cells = tuple[list[str], list[list[str]]]
 
@@ -71,26 +72,24 @@ def warmup_table(model: Any, repeats: int, tokens: int = 512) -> Cells:
     config = LoraConfig(r=max(ranks.values()), target_modules=names, rank_pattern=ranks)
     theirs: Any = get_peft_model(with_tied_layers(model), config)
     theirs = theirs.get_base_model().model.layers[layer].mlp
+    ours = ReferenceMlp(dense, mlp.reference.activation)
     with torch.no_grad():
         target = dense(x)
 
-    def step(module: Any, y: Callable[[], Tensor]) -> Callable[[], None]:
-        def run() -> None:
-            loss = (module(x) - y()).float().square().mean()
-            loss.backward()
-
-        return run
-
-    def teach() -> Tensor:
+    def step(module: Any, teacher: Any = None) -> None:
         with torch.no_grad():
-            return dense(x)
+            y = target if teacher is None else teacher(x)
+        F.mse_loss(module(x).float(), y.float()).backward()
+        module.zero_grad()
 
     runs = {
-        "PEFT, teacher each step": step(theirs, teach),
-        "shared_lora_mlp, teacher each step": step(mlp, teach),
-        "shared_lora_mlp, teacher from disk": step(mlp, lambda: target),
+        "PEFT, teacher each step": lambda: step(theirs, dense),
+        "PEFT, teacher from disk": lambda: step(theirs),
+        "shared_lora_mlp, teacher each step": lambda: step(mlp, ours),
+        "shared_lora_mlp, teacher from disk": lambda: step(mlp),
     }
-    times = median_times(runs, repeats)
+    with keeping(mlp):
+        times = median_times(runs, repeats)
     first = times["PEFT, teacher each step"]
     rows = [[name, f"{1e3 * seconds:.2f}", f"{first / seconds:.2f}"] for name, seconds in times.items()]
     return [f"warmup step, {tokens} tokens", "ms", "times PEFT"], rows
