@@ -322,6 +322,28 @@ def test_peft_reads_the_adapter(shared, ids, tmp_path):
     assert torch.equal(logits(other, ids), logits(shared, ids))
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_adapter_brings_its_scaling(shared, ids, tmp_path, rslora):
+    """As PEFT computes it; the model's own scaling is 0.5."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=list(files.pairs_of(shared)), use_rslora=rslora)
+    config.rank_pattern = {r".*down_proj": 5, r".*gate_proj": 3}
+    config.alpha_pattern = {r".*down_proj": 7}
+    plain = get_peft_model(with_tied_layers(shared), config)
+    torch.manual_seed(5)
+    for name, p in plain.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    plain.save_pretrained(tmp_path / "adapter")
+    other = copy.deepcopy(shared)
+    files.load_adapter(other, tmp_path / "adapter")
+    assert_as_exact_as_dense(logits(plain.eval(), ids), other, ids)
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(path.read_text()[:50])
+    assert "a readable adapter_config.json" in refusal(files.load_adapter, other, tmp_path / "adapter")
+
+
 def test_merging_is_refused(shared):
     for name in ("merge_and_unload", "merge_adapter"):
         assert "of which a merge would change all; llmkern.papers.sharp.export_dense" in refusal(getattr(shared, name))
@@ -368,6 +390,22 @@ def test_full_disk_leaves_what_was_there(shared, ids, tmp_path, monkeypatch):
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert torch.equal(logits(files.load(tmp_path / "a"), ids), logits(shared, ids))
+
+
+def test_only_a_model_is_replaced(shared, tmp_path):
+    """Not a folder of models, nor one of anything else; a link is followed."""
+    files.save(shared, tmp_path / "models" / "a")
+    assert "choose another folder" in refusal(files.save, shared, tmp_path / "models")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("mine")
+    assert "got one that holds a.txt" in refusal(files.save, shared, tmp_path / "texts")
+    (tmp_path / "link").symlink_to(tmp_path / "models" / "a")
+    config = tmp_path / "models" / "a" / "config.json"
+    config.write_text("{}")
+    files.save(shared, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert len(config.read_text()) > 2
+    assert (tmp_path / "texts" / "a.txt").read_text() == "mine"
 
 
 # Bad input ------------------------------------------------------------------------------------------------------------

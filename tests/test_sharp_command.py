@@ -106,7 +106,9 @@ def test_bench_runs(folder, capsys):
     [
         ("convert {0}/one --out {0}/x", "expected a model that was not converted yet"),
         ("convert {0}/nothing --out {0}/x", "which is absent; check the path"),
-        ("convert {0}/model --out {0}/model", "expected --out to be another folder than the model"),
+        ("convert {0}/model --out {0}/model", "model to write to, got"),
+        ("convert {0}/model --out {0}", "a model or adapter alone, which is replaced, got one that holds"),
+        ("export {0}/three --dense {0}/x --adapter {0}/x", "expected another folder than {0}/x to write to"),
         ("convert {0}/model --out {0}/x --pattern similar", "expected text with pattern=similar, got none"),
         ("convert {0}/model --out {0}/x --groups 1-9", "expected layers from 0 to 5"),
         ("convert {0}/model --out {0}/x --groups 1", "expected --groups such as 4-5,8-10"),
@@ -128,7 +130,7 @@ def test_refusals(folder, capsys, words, said):
         model.save_pretrained(folder / "other")
     assert main(["sharp", *words.format(folder).split()]) == 2
     error = capsys.readouterr().err
-    assert said in " ".join(error.split())
+    assert said.format(folder) in " ".join(error.split())
     assert not (folder / "x").exists()
 
 

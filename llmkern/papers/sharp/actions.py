@@ -19,7 +19,7 @@ from llmkern.integrations._loading import check_directory, load_tokenizer
 from llmkern.integrations.shared_mlp import PREFIX
 from llmkern.papers.data_selection.files import make_folder, write_json
 from llmkern.papers.sharp import bench, convert, files, report, warmup
-from llmkern.papers.sharp.command import RECORDS, check_out, options_of
+from llmkern.papers.sharp.command import RECORDS, options_of
 from llmkern.papers.sharp.evaluate import mean_loss, perplexity, write_samples
 from llmkern.papers.sharp.finetune import FinetuneSettings, finetune
 from llmkern.papers.sharp.groups import mlp_distances, parse_groups, spread
@@ -30,7 +30,7 @@ console = Console(highlight=False)
 
 def run_convert(arguments: argparse.Namespace) -> None:
     op = "sharp convert"
-    check_out(op, arguments.out, arguments.model)
+    files.check_out(op, arguments.out, arguments.model)
     with _loading():
         original = files.load(arguments.model, shared=False, op=op, dtype="auto")
         tokenizer = _tokenizer(arguments.model, op)
@@ -70,7 +70,7 @@ def run_convert(arguments: argparse.Namespace) -> None:
 
 def run_warmup(arguments: argparse.Namespace) -> None:
     op = "sharp warmup"
-    check_out(op, arguments.out, arguments.model, arguments.teacher)
+    files.check_out(op, arguments.out, arguments.model, arguments.teacher)
     with _loading():
         model = files.load(arguments.model, op=op, dtype="auto")
         teacher = files.load(arguments.teacher, shared=False, op=op, dtype="auto")
@@ -97,7 +97,7 @@ def run_warmup(arguments: argparse.Namespace) -> None:
 
 def run_finetune(arguments: argparse.Namespace) -> None:
     op = "sharp finetune"
-    check_out(op, arguments.out, arguments.model)
+    files.check_out(op, arguments.out, arguments.model)
     with _loading():
         model = files.load(arguments.model, op=op, dtype="auto")
         tokenizer = _needed(_tokenizer(arguments.model, op), op)
@@ -171,14 +171,15 @@ def run_export(arguments: argparse.Namespace) -> None:
     op = "sharp export"
     if arguments.dense is None and arguments.adapter is None:
         raise bad_value(op, "--dense or --adapter", "neither")
+    folders = [folder for folder in (arguments.dense, arguments.adapter) if folder is not None]
+    for place, folder in enumerate(folders):
+        files.check_out(op, folder, arguments.model, *folders[:place])
     with _loading():
         model = files.load(arguments.model, op=op, dtype="auto")
         tokenizer = _tokenizer(arguments.model, op)
     if arguments.dense is not None:
-        check_out(op, arguments.dense, arguments.model)
         files.save(convert.export_dense(model), arguments.dense, tokenizer)
     if arguments.adapter is not None:
-        check_out(op, arguments.adapter, arguments.model)
         files.save_adapter(model, arguments.adapter)
 
 
@@ -208,7 +209,8 @@ def _needed(tokenizer: Any, op: str) -> Any:
 
 
 def _work(arguments: argparse.Namespace) -> Path:
-    return arguments.work or arguments.out.with_name(f"{arguments.out.name}.work")
+    out = arguments.out.resolve()
+    return arguments.work or out.with_name(f"{out.name}.work")
 
 
 def _save(op: str, out: Path, model: Any, tokenizer: Any, before: Path | None, name: str, found: Any) -> None:

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llmkern._library import bad_value
 from llmkern.papers.mod.command import integer, number
 
 RECORDS = "sharp"
@@ -147,13 +146,6 @@ def _named(text: str) -> tuple[str, Path]:
     if not path:
         raise argparse.ArgumentTypeError(f"expected NAME=FILE, got {text!r}")
     return name or Path(path).stem, Path(path)
-
-
-def check_out(op: str, out: Path, *others: Path) -> None:
-    """An action never writes over what it reads."""
-    for other in others:
-        if out.resolve() == other.resolve():
-            raise bad_value(op, "--out to be another folder than the model", out)
 
 
 def options_of(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from llmkern._library import bad_value
 from llmkern.integrations._loading import check_directory, load_model
 from llmkern.integrations.shared_mlp import PREFIX, PROJECTIONS, LoraPair, freeze_base, register
+from llmkern.papers.sharp.command import RECORDS
 
 OP = "sharp"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -36,12 +37,11 @@ PEFT_PREFIX = "base_model.model."
 @contextlib.contextmanager
 def whole_folder(folder: str | Path, op: str = OP) -> Iterator[Path]:
     """A scratch folder that takes the place of ``folder`` when the block ends; after an error nothing has changed."""
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     scratch, old = (folder.with_name(f"{folder.name}.{os.getpid()}.{end}") for end in ("new", "old"))
     with enough_disk(folder, op):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if folder.exists() and not folder.is_dir():
-            raise bad_value(op, f"{folder} to be a folder or absent", "a file")
+        check_replaceable(op, folder)
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         try:
@@ -55,6 +55,29 @@ def whole_folder(folder: str | Path, op: str = OP) -> Iterator[Path]:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)
+
+
+def check_out(op: str, out: Path, *others: Path) -> None:
+    """That an action writes neither over what it reads nor over what is no model's."""
+    for other in others:
+        if out.resolve() == other.resolve():
+            raise bad_value(op, f"another folder than {other} to write to", out, "choose one that is absent")
+    check_replaceable(op, out.resolve())
+
+
+def check_replaceable(op: str, folder: Path) -> None:
+    """That nothing is lost with ``folder`` but an earlier model or adapter: it holds one, and no folders beside."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise bad_value(op, f"{folder} to be a folder or absent", "a file")
+    found = {path.name: path for path in sorted(folder.iterdir())}
+    others = [name for name, path in found.items() if path.is_dir() and name != RECORDS]
+    if found and not found.keys() & {"config.json", ADAPTER_CONFIG}:
+        others = others or list(found)
+    if others:
+        expected = f"{folder} to be absent, empty, or the folder of a model or adapter alone, which is replaced"
+        raise bad_value(op, expected, f"one that holds {others[0]}", "choose another folder")
 
 
 @contextlib.contextmanager
@@ -206,7 +229,10 @@ def save_adapter(model: Any, folder: str | Path) -> None:
 
 @torch.no_grad()
 def load_adapter(model: Any, folder: str | Path) -> None:
-    """In place: the factors of an adapter folder, refused where it was trained on another base or does not fit."""
+    """In place: the factors of an adapter folder, refused where it was trained on another base or does not fit.
+
+    B is multiplied by what the adapter scales its products with, lora_alpha / r in PEFT, over the scaling of the model.
+    """
     from safetensors import SafetensorError, safe_open
 
     path = Path(folder) / ADAPTER
@@ -220,9 +246,10 @@ def load_adapter(model: Any, folder: str | Path) -> None:
     if base is not None and base != base_fingerprint(model):
         got = f"one of the base {base} for the base {base_fingerprint(model)}"
         raise bad_value(OP, "an adapter of this model", got, "load the model that it was trained on")
+    pairs = pairs_of(model)
     wanted = {
         f"{PEFT_PREFIX}model.{name}.{part}.weight": getattr(pair, part).weight
-        for name, pair in pairs_of(model).items()
+        for name, pair in pairs.items()
         for part in ("lora_A", "lora_B")
     }
     for name, parameter in wanted.items():
@@ -232,5 +259,28 @@ def load_adapter(model: Any, folder: str | Path) -> None:
     extra = sorted(set(tensors) - set(wanted))
     if extra:
         raise bad_value(OP, "an adapter of the layers that share MLPs alone", f"{extra[0]} too")
-    for name, parameter in wanted.items():
-        parameter.copy_(tensors[name])
+    scalings = _scalings_of(folder, pairs)
+    for name, pair in pairs.items():
+        a, b = (tensors[f"{PEFT_PREFIX}model.{name}.{part}.weight"] for part in ("lora_A", "lora_B"))
+        pair.lora_A.weight.copy_(a)
+        pair.lora_B.weight.copy_(b * (scalings[name] / model.sharing.scaling))
+
+
+def _scalings_of(folder: str | Path, pairs: dict[str, LoraPair]) -> dict[str, float]:
+    """What PEFT multiplies B A with, by the adapter's configuration."""
+    from peft import LoraConfig, PeftConfig
+    from peft.utils.other import get_pattern_key
+
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise bad_value(OP, f"a readable {ADAPTER_CONFIG}", f"{folder}: {reason}", "save it anew") from error
+    if not isinstance(config, LoraConfig):
+        raise bad_value(OP, f"an {ADAPTER_CONFIG} of LoRA", f"{config.peft_type} in {folder}")
+    found, alphas = {}, config.alpha_pattern or {}
+    for name, pair in pairs.items():
+        alpha = alphas.get(get_pattern_key(list(alphas), f"model.{name}"), config.lora_alpha)
+        rank = pair.lora_A.out_features
+        found[name] = alpha / (rank**0.5 if config.use_rslora else rank)
+    return found
