@@ -456,6 +456,23 @@ def test_factors_take_up_quantisation(original, ids, dtype):
     assert_as_exact_as_dense(logits(model, ids), model, ids)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "int4"])
+def test_packed_round_trip(original, ids, tmp_path, dtype):
+    """Packed again at loading, and moved with the model; an adapter knows on which of the two it was trained."""
+    model = convert(original, GROUPS, rank=8, init="svd", pack=dtype, pack_group_size=32)
+    files.save(model, tmp_path / "a")
+    loaded = files.load(tmp_path / "a")
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+    plain = convert(original, GROUPS, rank=8, init="svd")
+    assert not torch.equal(logits(loaded, ids), logits(plain, ids))
+    files.save(loaded, tmp_path / "b")
+    assert (tmp_path / "a" / "config.json").read_bytes() == (tmp_path / "b" / "config.json").read_bytes()
+    packed = loaded.to("meta").model.layers[1].mlp.packed
+    assert packed.data.device.type == "meta"
+    files.save_adapter(model, tmp_path / "adapter")
+    assert "expected an adapter of this model" in refusal(files.load_adapter, plain, tmp_path / "adapter")
+
+
 def test_zamba2_computes_the_same():
     from transformers import Zamba2Config, Zamba2ForCausalLM
 

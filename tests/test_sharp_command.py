@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
         assert main(["sharp", *map(str, words)]) == 0
 
     text = ["--text", folder / "a.txt", "--length", 16]
-    similar = ["--replace", 2, "--pattern", "similar"]
+    similar = ["--replace", 2, "--pattern", "similar", "--pack", "int8", "--pack-group-size", 32]
     run("convert", folder / "model", "--out", folder / "one", "--rank", 6, *similar, *text)
     run("warmup", folder / "one", "--teacher", folder / "model", "--out", folder / "two", "--steps", 20, *text)
     tune = ["--steps", 5, "--batch-size", 4, "--answer-only", "--text", folder / "c.jsonl"]
@@ -54,6 +54,7 @@ def test_every_step_leaves_a_model_and_its_record(folder):
     for name, records in done.items():
         model = files.load(folder / name)
         assert len(model.sharing.references) == 2
+        assert all(model.model.layers[group[0]].mlp.packed.dtype == "int8" for group in model.sharing.groups)
         assert sorted(path.stem for path in (folder / name / "sharp").iterdir()) == records
         assert (folder / name / "tokenizer.json").exists()
         page = (folder / name / "report.html").read_text()

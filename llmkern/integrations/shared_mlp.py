@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,13 +42,16 @@ class Sharing:
     """Which layers share, and with what factors.
 
     groups: consecutive layers, the reference first; ranks: {layer: {projection: rank}} of every layer but references,
-    a projection that is absent or 0 having no factors; scaling: s; dropout: of x before A, in training.
+    a projection that is absent or 0 having no factors; scaling: s; dropout: of x before A, in training; pack and
+    pack_group_size: what ``pack_mlp`` makes of the references, None if they run as they are.
     """
 
     groups: tuple[tuple[int, ...], ...]
     ranks: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
     scaling: float = 1.0
     dropout: float = 0.0
+    pack: str | None = None
+    pack_group_size: int = 128
 
     @property
     def references(self) -> dict[int, int]:
@@ -68,6 +71,7 @@ class Sharing:
             "scaling": self.scaling,
             "dropout": self.dropout,
             "weights": weights,
+            **({} if self.pack is None else {"pack": self.pack, "pack_group_size": self.pack_group_size}),
         }
 
     @classmethod
@@ -78,6 +82,8 @@ class Sharing:
                 ranks={int(i): {str(k): int(r) for k, r in ranks.items()} for i, ranks in stored["ranks"].items()},
                 scaling=float(stored.get("scaling", 1.0)),
                 dropout=float(stored.get("dropout", 0.0)),
+                pack=stored.get("pack"),
+                pack_group_size=int(stored.get("pack_group_size", 128)),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise bad_value(
@@ -106,6 +112,13 @@ class ReferenceMlp(nn.Module):
         if self.packed is not None:
             return self.packed
         return MlpWeights(self.gate_proj.weight, self.up_proj.weight, self.down_proj.weight)
+
+    def _apply(self, *args: Any, **options: Any) -> Any:
+        """As ``to`` and its like do it; packed weights keep their dtype and go to the device of the others."""
+        super()._apply(*args, **options)
+        if self.packed is not None:
+            self.packed = self.packed.to(self.gate_proj.weight.device)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         return shared_lora_mlp(x, self.weights, activation=self.activation)
@@ -220,7 +233,8 @@ def check_sharing(model: Any, sharing: Sharing) -> None:
 def pack_base(model: Any, dtype: str, group_size: int = 128) -> int:
     """In place: groups run on packed weights, see ``pack_mlp``; returns their bytes.
 
-    Factors train through them. The dense weights stay, for ``save_pretrained``, which stores no packed ones.
+    Factors train through them. The dense weights stay, for ``save_pretrained``; the configuration says how they are
+    packed, and ``from_pretrained`` does it again.
     """
     size = 0
     for group in model.sharing.groups:
@@ -228,6 +242,7 @@ def pack_base(model: Any, dtype: str, group_size: int = 128) -> int:
         reference.packed = None
         reference.packed = pack_mlp(reference.weights, dtype=dtype, group_size=group_size)
         size += reference.packed.nbytes
+    model.config.sharing = replace(model.sharing, pack=dtype, pack_group_size=group_size).to_dict()
     return size
 
 
@@ -257,9 +272,12 @@ class SharedMlpMixin:
 
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> Any:
-        """As in transformers; only the factors require gradients, as after a conversion."""
+        """As in transformers; only the factors require gradients, and packed weights are packed again."""
         loaded = super().from_pretrained(*args, **options)  # type: ignore[misc]
-        freeze_base(loaded[0] if isinstance(loaded, tuple) else loaded)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        freeze_base(model)
+        if model.sharing.pack is not None:
+            pack_base(model, model.sharing.pack, model.sharing.pack_group_size)
         return loaded
 
     @property

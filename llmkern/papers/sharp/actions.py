@@ -51,7 +51,10 @@ def run_convert(arguments: argparse.Namespace) -> None:
             rank=arguments.rank,
             init=arguments.init,
             text=text,
+            scaling=arguments.scaling,
             dropout=arguments.dropout,
+            pack=arguments.pack,
+            pack_group_size=arguments.pack_group_size,
             seed=arguments.seed,
         )
     sizes = {

@@ -32,6 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("--rank-ratio", type=between, metavar="R", help="parameters of factors by those of the MLP")
     convert.add_argument("--rank", type=_ranks, metavar="N", help="or gate_proj=8,up_proj=8,down_proj=16")
     convert.add_argument("--init", choices=("zero", "svd", "whitened"), default="zero")
+    scaling = number("above 0", lambda x: x > 0)
+    convert.add_argument("--scaling", type=scaling, default=1.0, metavar="S", help="of what the factors add (1)")
+    words = "run shared MLPs on weights packed in this form, which the factors then learn to make up for"
+    convert.add_argument("--pack", choices=("bf16", "int8", "int4"), help=words)
+    convert.add_argument(
+        "--pack-group-size", type=integer(32), default=128, metavar="N", help="weights of a scale (128)"
+    )
     convert.add_argument("--dropout", type=number("in [0, 1)", lambda x: 0 <= x < 1), default=0.0, metavar="P")
     convert.add_argument("--seed", type=integer(0), default=0, metavar="S")
     _add_text(convert, required=False)

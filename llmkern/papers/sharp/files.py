@@ -181,11 +181,14 @@ def pairs_of(model: Any) -> dict[str, LoraPair]:
 
 
 def base_fingerprint(model: Any) -> str:
-    """Short hash of the weights without factors: names, shapes and 64 values of each, rounded to bfloat16.
+    """Short hash of the weights without factors: names, shapes and 64 values of each, rounded to bfloat16; and of how
+    they are packed.
 
     Models of one file agree in whichever of float32 and bfloat16 they were loaded.
     """
-    digest = hashlib.sha256()
+    stored = getattr(model.config, "sharing", None) or {}
+    packing = [stored[key] for key in ("pack", "pack_group_size") if key in stored]
+    digest = hashlib.sha256(str(packing).encode() if packing else b"")
     for name, tensor in sorted(model.state_dict().items()):
         if ".lora_A." in name or ".lora_B." in name:
             continue
