@@ -459,14 +459,17 @@ def test_factors_take_up_quantisation(original, ids, dtype):
 @pytest.mark.parametrize("dtype", ["bf16", "int4"])
 def test_packed_round_trip(original, ids, tmp_path, dtype):
     """Packed again at loading, and moved with the model; an adapter knows on which of the two it was trained."""
-    model = convert(original, GROUPS, rank=8, init="svd", pack=dtype, pack_group_size=32)
+    model = convert(original, GROUPS, rank=UNEQUAL, init="svd", pack=dtype, pack_group_size=32)
     files.save(model, tmp_path / "a")
     loaded = files.load(tmp_path / "a")
     assert torch.equal(logits(loaded, ids), logits(model, ids))
-    plain = convert(original, GROUPS, rank=8, init="svd")
+    plain = convert(original, GROUPS, rank=UNEQUAL, init="svd")
     assert not torch.equal(logits(loaded, ids), logits(plain, ids))
     files.save(loaded, tmp_path / "b")
     assert (tmp_path / "a" / "config.json").read_bytes() == (tmp_path / "b" / "config.json").read_bytes()
+    dense = export_dense(model)
+    files.save(dense, tmp_path / "dense")
+    assert torch.equal(logits(files.load(tmp_path / "dense", shared=False), ids), logits(dense, ids))
     packed = loaded.to("meta").model.layers[1].mlp.packed
     assert packed.data.device.type == "meta"
     files.save_adapter(model, tmp_path / "adapter")

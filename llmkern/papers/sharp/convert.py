@@ -159,7 +159,8 @@ def dense_weights(mlp: Any, dtype: torch.dtype | None = None) -> tuple[Tensor, T
     weights = getattr(mlp, "reference", mlp).weights
     gate, up, down = weights.dequantize(dtype or torch.float32) if isinstance(weights, PackedMlp) else weights
     assert gate is not None
-    return gate, up, down
+    # Unpacked ones are views of what is interleaved, which no file takes.
+    return gate.contiguous(), up.contiguous(), down.contiguous()
 
 
 def low_rank(difference: Tensor, rank: int, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:
