@@ -23,6 +23,7 @@ from llmkern.papers.sharp.convert import (
     merged,
     mlp_parameters,
     parameters,
+    with_peft,
     with_tied_layers,
 )
 from llmkern.papers.sharp.groups import choose_groups, mlp_distances, parse_groups, spread
@@ -307,10 +308,8 @@ def test_dense_export_is_an_ordinary_checkpoint(shared, ids, tmp_path):
 
 
 def test_peft_reads_the_adapter(shared, ids, tmp_path):
-    from peft import PeftModel
-
     files.save_adapter(shared, tmp_path / "adapter")
-    model = PeftModel.from_pretrained(with_tied_layers(shared), str(tmp_path / "adapter")).eval()
+    model = with_peft(shared, tmp_path / "adapter").eval()
     assert_as_exact_as_dense(logits(model, ids), shared, ids)
     # And back, from what PEFT writes itself.
     model.save_pretrained(str(tmp_path / "again"))
@@ -344,9 +343,12 @@ def test_an_adapter_brings_its_scaling(shared, ids, tmp_path, rslora):
     assert "a readable adapter_config.json" in refusal(files.load_adapter, other, tmp_path / "adapter")
 
 
-def test_merging_is_refused(shared):
-    for name in ("merge_and_unload", "merge_adapter"):
-        assert "of which a merge would change all; llmkern.papers.sharp.export_dense" in refusal(getattr(shared, name))
+def test_merging_is_refused(shared, tmp_path):
+    files.save_adapter(shared, tmp_path / "adapter")
+    for model in (shared, with_peft(shared, tmp_path / "adapter")):
+        for name in ("merge_and_unload", "merge_adapter"):
+            text = refusal(getattr(model, name))
+            assert "of which a merge would change all; llmkern.papers.sharp.convert.export_dense" in text
 
 
 def test_adapter_of_another_base_is_refused(shared, tmp_path):
@@ -373,6 +375,15 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(shared, tmp_path):
     save_file(tensors, path, metadata={"format": "pt"})
     text = refusal(files.load, tmp_path / "a")
     assert "without 1 of them, the first model.layers.1.mlp.up_proj.weight" in text
+    register(["llama"])
+    assert "without 1 of them" in refusal(AutoModelForCausalLM.from_pretrained, tmp_path / "a")
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 32)
+    save_file(tensors, path, metadata={"format": "pt"})
+    text = refusal(files.load, tmp_path / "a")
+    assert (
+        "model.layers.1.mlp.up_proj.weight of the model to have the shape (48, 32) of its config.json, got (3, 32)"
+        in text
+    )
     assert "a model that was not converted yet" in refusal(files.load, tmp_path / "a", shared=False)
 
 

@@ -67,8 +67,15 @@ def load_tokenizer(op: str, name: str, path: Any) -> Any:
 
 
 def load_model(op: str, name: str, path: Any, options: dict[str, Any]) -> Any:
-    options = {**options, "use_safetensors": True, "output_loading_info": True}
+    options = {**options, "use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     model, info = _load(op, name, path, "model", AutoModelForCausalLM, options)
+    unlike = sorted(info["mismatched_keys"])
+    if unlike:
+        key, found, wanted = unlike[0]
+        got = f"{tuple(found)} in {path}"
+        raise bad_value(
+            op, f"{key} of {name} to have the shape {tuple(wanted)} of its config.json", got, "save it anew"
+        )
     missing = sorted(info["missing_keys"])
     if missing:
         # transformers would fill them with random numbers.

@@ -272,13 +272,19 @@ class SharedMlpMixin:
 
     @classmethod
     def from_pretrained(cls, *args: Any, **options: Any) -> Any:
-        """As in transformers; only the factors require gradients, and packed weights are packed again."""
-        loaded = super().from_pretrained(*args, **options)  # type: ignore[misc]
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        """As in transformers, which would fill what a checkpoint lacks with random numbers: here that is refused. Only
+        the factors require gradients, and packed weights are packed again.
+        """
+        wanted = options.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **options)  # type: ignore[misc]
+        missing = sorted(info["missing_keys"])
+        if missing:
+            got = f"one without {len(missing)} of them, the first {missing[0]}"
+            raise bad_value(NAME, "a checkpoint with every weight of its model", got, "save it anew")
         freeze_base(model)
         if model.sharing.pack is not None:
             pack_base(model, model.sharing.pack, model.sharing.pack_group_size)
-        return loaded
+        return (model, info) if wanted else model
 
     @property
     def sharing(self) -> Sharing:
@@ -294,7 +300,7 @@ class SharedMlpMixin:
 def merge_refused() -> ValueError:
     expected = "an MLP of its own in every layer that is to be merged"
     got = "one weight under the factors of several layers, of which a merge would change all"
-    return bad_value(NAME, expected, got, "llmkern.papers.sharp.export_dense writes each layer its own weight")
+    return bad_value(NAME, expected, got, "llmkern.papers.sharp.convert.export_dense writes each layer its own weight")
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from llmkern.integrations.shared_mlp import (
     Sharing,
     check_model,
     freeze_base,
+    merge_refused,
     pack_base,
     share_mlps,
     sharing_classes,
@@ -196,10 +198,25 @@ def export_dense(shared: Any) -> Any:
 def with_tied_layers(shared: Any) -> Any:
     """An ordinary model whose layers hold the shared weights and no factors: the base that PEFT puts an adapter on.
 
-    ``PeftModel.from_pretrained(with_tied_layers(shared), folder)`` computes what ``shared`` does, ``folder`` being from
-    ``save_adapter``. PEFT's own merge would change each weight once for every layer that shares it.
+    PEFT's own merge would change each weight once for every layer that shares it; ``with_peft`` refuses it.
     """
     return _plain(shared, merge=False)
+
+
+def with_peft(shared: Any, folder: str | Path) -> Any:
+    """PEFT's model with the adapter of a folder from ``save_adapter``: it computes what ``shared`` does with them,
+    for tools that ask for a ``PeftModel``. Merging is refused, see ``with_tied_layers``.
+    """
+    from peft import PeftModel
+
+    found: Any = PeftModel.from_pretrained(with_tied_layers(shared), str(folder))
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise merge_refused()
+
+    # Where PeftModel looks for them.
+    found.base_model.merge_and_unload = found.base_model.merge_adapter = refuse
+    return found
 
 
 @torch.no_grad()

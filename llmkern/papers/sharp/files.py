@@ -200,7 +200,7 @@ def base_fingerprint(model: Any) -> str:
 
 
 def save_adapter(model: Any, folder: str | Path) -> None:
-    """The factors alone, as PEFT writes a LoRA adapter; ``with_tied_layers(model)`` is the base to put it on."""
+    """The factors alone, as PEFT writes a LoRA adapter; ``with_peft(model, folder)`` puts it on its base."""
     from peft import LoraConfig
     from safetensors.torch import save as to_bytes
 
