@@ -26,6 +26,7 @@ from llmkern.papers.sharp.convert import (
     with_peft,
     with_tied_layers,
 )
+from llmkern.papers.sharp.evaluate import mean_loss
 from llmkern.papers.sharp.groups import choose_groups, mlp_distances, parse_groups, spread
 from llmkern.papers.sharp.observe import watch_mlps
 
@@ -169,6 +170,8 @@ def test_patterns():
     assert choose_groups(10, replace=2) == ((5, 6), (7, 8))
     assert choose_groups(10, replace=5, group_size=4) == ((2, 3, 4), (5, 6, 7, 8))
     assert choose_groups(12, replace=0.5, group_size=3) == ((2, 3, 4), (5, 6, 7), (8, 9, 10))
+    assert choose_groups(6) == ((1, 2), (3, 4))
+    assert choose_groups(10, group_size=3) == ((1, 2), (3, 4, 5), (6, 7, 8))
     assert parse_groups(spread(GROUPS)) == GROUPS
 
 
@@ -438,6 +441,26 @@ def test_refused_conversions(original, ids):
     assert "expected text with init=whitened, got none" in refusal(convert, original, GROUPS, init="whitened")
     assert "expected mlp.gate_proj of every layer" in refusal(convert, model_of(mlp_bias=True), GROUPS)
     assert "expected a causal language model" in refusal(convert, torch.nn.Linear(2, 2))
+    assert "a model that was not converted yet" in refusal(convert, convert(original, GROUPS, rank=2), GROUPS)
+    assert "expected groups such as" in refusal(convert, original, [])
+    assert "expected groups such as" in refusal(convert, original, [1, 2])
+    assert "expected a whole number as rank of gate_proj, got 2.5" in refusal(convert, original, GROUPS, rank=2.5)
+    for scaling in (0.0, float("nan")):
+        assert "expected scaling as a finite" in refusal(convert, original, GROUPS, rank=2, scaling=scaling)
+
+
+def test_refused_groups_and_texts(original, ids):
+    assert "group_size of at least 2, got 0" in refusal(choose_groups, 10, group_size=0)
+    assert "of at least 0, got -2 and 1" in refusal(choose_groups, 10, keep_first=-2)
+    assert "a count or a share in (0, 1), got 'half'" in refusal(choose_groups, 10, replace="half")
+    assert "got 3 layers, of which 1 and 1 are kept" in refusal(choose_groups, 3)
+    distances = torch.full((10, 10), float("nan"))
+    assert "got NaN" in refusal(choose_groups, 10, replace=2, pattern="similar", distances=distances)
+    for text in (ids[0], ids[:0], ids.float()):
+        assert "expected token ids (N, T), whole" in refusal(convert, original, GROUPS, init="whitened", text=text)
+        assert "expected token ids (N, T), whole" in refusal(mean_loss, original, text)
+    assert "expected token ids from 0 to 95, got 5" in refusal(mlp_distances, original, torch.tensor([[5, 96]]))
+    assert "expected windows of at least two" in refusal(mean_loss, original, ids[:, :1])
 
 
 def uneven():

@@ -110,7 +110,7 @@ def test_bench_runs(folder, capsys):
         ("convert {0}/model --out {0}/model", "model to write to, got"),
         ("convert {0}/model --out {0}", "a model or adapter alone, which is replaced, got one that holds"),
         ("export {0}/three --dense {0}/x --adapter {0}/x", "expected another folder than {0}/x to write to"),
-        ("convert {0}/model --out {0}/x --pattern similar", "expected text with pattern=similar, got none"),
+        ("convert {0}/model --out {0}/x --pattern similar", "expected --text with --pattern similar, got none"),
         ("convert {0}/model --out {0}/x --groups 1-9", "expected layers from 0 to 5"),
         ("convert {0}/model --out {0}/x --groups 1", "expected --groups such as 4-5,8-10"),
         ("warmup {0}/model --teacher {0}/model --out {0}/x --text {0}/a.txt", "that `llmkern sharp convert` made"),
@@ -120,6 +120,10 @@ def test_bench_runs(folder, capsys):
         ),
         ("warmup {0}/one --teacher {0}/model --out {0}/x --text {0}/none", "expected a text file in UTF-8"),
         ("warmup {0}/one --teacher {0}/model --out {0}/x --text {0}/a.txt --length 9999", "a text of at least 9999"),
+        (
+            "warmup {0}/bare --teacher {0}/model --out {0}/x --text {0}/a.txt",
+            "expected a model with factors, got one without",
+        ),
         ("export {0}/one", "expected --dense or --adapter, got neither"),
     ],
     ids=lambda value: " ".join(value.split()[:3]) if "{0}" in value else "",
@@ -129,6 +133,7 @@ def test_refusals(folder, capsys, words, said):
         model = model_of()
         torch.nn.init.normal_(model.model.layers[1].self_attn.q_proj.weight)
         model.save_pretrained(folder / "other")
+        assert main(["sharp", *f"convert {folder}/model --out {folder}/bare --rank 0".split()]) == 0
     assert main(["sharp", *words.format(folder).split()]) == 2
     error = capsys.readouterr().err
     assert said.format(folder) in " ".join(error.split())

@@ -203,6 +203,14 @@ def test_finetuning_resumes_and_skips_a_half_written_checkpoint(original, exampl
     assert all(torch.equal(t, wanted[name]) for name, t in factors(again).items())
 
 
+def test_finetuning_refusals(original, examples, tmp_path):
+    bare = convert(original, GROUPS, rank=0)
+    assert "a model with parameters to train" in refusal(finetune.finetune, bare, examples, tmp_path, SETTINGS)
+    model, unknown = convert(original, GROUPS, rank=2), [*examples, text.Example([5, WORDS], 0)]
+    assert "token ids from 0 to 95, got 5 to 96" in refusal(finetune.finetune, model, unknown, tmp_path, SETTINGS)
+    assert not list(tmp_path.iterdir())
+
+
 def test_labels_and_padding():
     example = text.Example([5, 6, 7, 8], 2)
     assert example.labels(answer_only=True) == [-100, -100, 7, 8]

@@ -16,6 +16,7 @@ not supported: a reference's weights are read outside its own unit.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -228,6 +229,8 @@ def check_sharing(model: Any, sharing: Sharing) -> None:
                 raise bad_value(NAME, f"a rank of 0 to {most} for {name} of layer {layer}", rank)
     if not 0 <= sharing.dropout < 1:
         raise bad_value(NAME, "dropout in [0, 1)", sharing.dropout)
+    if not math.isfinite(sharing.scaling) or sharing.scaling == 0:
+        raise bad_value(NAME, "scaling as a finite number other than 0", sharing.scaling)
 
 
 def pack_base(model: Any, dtype: str, group_size: int = 128) -> int:

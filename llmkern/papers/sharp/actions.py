@@ -31,6 +31,9 @@ console = Console(highlight=False)
 def run_convert(arguments: argparse.Namespace) -> None:
     op = "sharp convert"
     files.check_out(op, arguments.out, arguments.model)
+    by_text = arguments.init == "whitened", arguments.pattern == "similar" and not arguments.groups
+    if any(by_text) and not arguments.text:
+        raise bad_value(op, f"--text with {'--init whitened' if by_text[0] else '--pattern similar'}", "none")
     with _loading():
         original = files.load(arguments.model, shared=False, op=op, dtype="auto")
         tokenizer = _tokenizer(arguments.model, op)
@@ -78,6 +81,7 @@ def run_warmup(arguments: argparse.Namespace) -> None:
         model = files.load(arguments.model, op=op, dtype="auto")
         teacher = files.load(arguments.teacher, shared=False, op=op, dtype="auto")
         tokenizer = _tokenizer(arguments.model, op)
+    files.check_factors(op, model)
     files.check_same_base(op, model, teacher)
     text = read_windows(op, _needed(tokenizer, op), arguments.text, arguments.length, arguments.windows)
     work = make_folder(op, "--work", _work(arguments))

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("model", type=Path, metavar="DIR", help="a model as transformers saves it")
     convert.add_argument("--out", type=Path, required=True, metavar="DIR")
     convert.add_argument("--groups", metavar="4-5,8-10", help="layers that share; else they are chosen as follows")
-    convert.add_argument("--replace", type=_count_or_share, default=0.5, metavar="N", help="layers, or a share (0.5)")
+    convert.add_argument("--replace", type=_count_or_share, metavar="N", help="layers, or a share (default all)")
     convert.add_argument("--pattern", choices=("later", "earlier", "similar"), default="later")
     convert.add_argument("--group-size", type=integer(2), default=2, metavar="N", help="most layers in one (2)")
     convert.add_argument("--keep-first", type=integer(0), default=1, metavar="N")

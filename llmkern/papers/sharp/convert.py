@@ -49,7 +49,7 @@ def convert(
     model: Any,
     groups: Sequence[Sequence[int]] | None = None,
     *,
-    replace: float | int = 0.5,
+    replace: float | int | None = None,
     pattern: str = "later",
     group_size: int = 2,
     keep_first: int = 1,
@@ -82,6 +82,10 @@ def convert(
     Raises:
         ValueError, TypeError: for a model, groups or ranks that do not fit.
     """
+    if getattr(getattr(model, "config", None), "sharing", None):
+        raise bad_value(
+            "convert", "a model that was not converted yet", "one whose layers share MLPs", "export_dense it"
+        )
     check_model(model)
     if init not in INITS:
         raise bad_value("convert", f"init as one of {', '.join(INITS)}", repr(init))
@@ -95,6 +99,8 @@ def convert(
             distances = mlp_distances(model, text, span=group_size)
         options = {"group_size": group_size, "keep_first": keep_first, "keep_last": keep_last, "distances": distances}
         groups = choose_groups(len(model.model.layers), replace=replace, pattern=pattern, **options)  # type: ignore[arg-type]
+    if not groups or not all(isinstance(group, list | tuple) for group in groups):
+        raise bad_value("convert", "groups such as ((4, 5), (8, 9, 10)), at least one", repr(groups))
     chosen: Groups = tuple(tuple(group) for group in groups)
     layers = [layer for group in chosen for layer in group[1:] if 0 <= layer < len(model.model.layers)]
     ratio = RANK_RATIO if rank is None and rank_ratio is None else rank_ratio

@@ -10,10 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmkern._library import bad_value
+from llmkern.papers.sharp.observe import check_ids
+
 
 @torch.no_grad()
 def mean_loss(model: Any, ids: Tensor, batch_size: int = 16) -> float:
     """Nats per token over windows (N, T), every token but the first of each predicted from those before it."""
+    check_ids(model, ids)
+    if ids.shape[1] < 2:
+        raise bad_value("sharp eval", "windows of at least two tokens", tuple(ids.shape))
     total = 0.0
     for batch in ids.split(batch_size):
         logits = model(input_ids=batch[:, :-1], use_cache=False).logits

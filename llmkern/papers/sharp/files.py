@@ -180,6 +180,13 @@ def pairs_of(model: Any) -> dict[str, LoraPair]:
     return found
 
 
+def check_factors(op: str, model: Any) -> dict[str, LoraPair]:
+    found = pairs_of(model)
+    if not found:
+        raise bad_value(op, "a model with factors", "one without any", "convert it with ranks above 0")
+    return found
+
+
 def base_fingerprint(model: Any) -> str:
     """Short hash of the weights without factors: names, shapes and 64 values of each, rounded to bfloat16; and of how
     they are packed.
@@ -204,9 +211,7 @@ def save_adapter(model: Any, folder: str | Path) -> None:
     from peft import LoraConfig
     from safetensors.torch import save as to_bytes
 
-    pairs, scaling = pairs_of(model), model.sharing.scaling
-    if not pairs:
-        raise bad_value(OP, "a model with factors", "one without any")
+    pairs, scaling = check_factors(OP, model), model.sharing.scaling
     ranks = {name: pair.lora_A.out_features for name, pair in pairs.items()}
     common = max(ranks.values())
     config = LoraConfig(

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmkern._library import bad_value
 from llmkern.demo.cache import stage_key
 from llmkern.papers.sharp.files import base_fingerprint, enough_disk
+from llmkern.papers.sharp.observe import check_ids
 from llmkern.papers.sharp.text import IGNORED, Example
 
 OP = "sharp finetune"
@@ -50,6 +52,11 @@ def finetune(
     ``folder`` gets the Trainer's checkpoints, from which the same call goes on.
     """
     from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise bad_value(OP, "a model with parameters to train", "one without any", "convert it with ranks above 0")
+    for example in (*examples, *held_out):
+        check_ids(model, torch.tensor([example.ids]))
 
     class Bar(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmkern._library import bad_value
+from llmkern._library import bad_type, bad_value
 from llmkern.papers.sharp.observe import watch_mlps
 
 PATTERNS = ("later", "earlier", "similar")
@@ -19,7 +19,7 @@ Groups = tuple[tuple[int, ...], ...]
 def choose_groups(
     layers: int,
     *,
-    replace: float | int = 0.5,
+    replace: float | int | None = None,
     pattern: str = "later",
     group_size: int = 2,
     keep_first: int = 1,
@@ -30,21 +30,27 @@ def choose_groups(
 
     Args:
         layers: L, of the model.
-        replace: how many layers give up theirs; a float is a share of L, rounded.
-        pattern: "later" takes groups from the end (later layers bear replacement better), "earlier" from the start,
-            "similar" those whose exchange costs least by ``distances``.
+        replace: how many layers give up theirs; a float is a share of L, rounded; by default all that the groups allow.
+        pattern: "later" takes groups from the end (there the paper found replacement to cost less; ``llmkern reproduce
+            sharp`` found the opposite), "earlier" from the start, "similar" those whose exchange costs least by
+            ``distances``.
         group_size: most layers in a group, the reference included.
         keep_first, keep_last: layers at both ends that stay out of all groups.
         distances: (L, L), entry (i, j) the cost of running MLP i in layer j; see ``mlp_distances``.
     """
-    count = _count(layers, replace)
-    first, last = keep_first, layers - keep_last
-    most = sum(divmod(max(0, last - first), group_size)[0:1]) * (group_size - 1)
-    most += max(0, max(0, last - first) % group_size - 1)
     if pattern not in PATTERNS:
         raise bad_value("choose_groups", f"pattern as one of {', '.join(PATTERNS)}", repr(pattern))
     if group_size < 2:
         raise bad_value("choose_groups", "group_size of at least 2", group_size)
+    if min(keep_first, keep_last) < 0:
+        raise bad_value("choose_groups", "keep_first and keep_last of at least 0", f"{keep_first} and {keep_last}")
+    first, last = keep_first, layers - keep_last
+    whole, rest = divmod(max(0, last - first), group_size)
+    most = whole * (group_size - 1) + max(0, rest - 1)
+    if most < 1:
+        kept = f"{layers} layers, of which {keep_first} and {keep_last} are kept"
+        raise bad_value("choose_groups", "two layers or more beside those that are kept", kept)
+    count = most if replace is None else _count(layers, replace)
     if not 1 <= count <= most:
         expected = f"1 to {most} of {layers} layers to replace in groups of {group_size}"
         raise bad_value("choose_groups", expected, f"replace={replace}", "raise group_size or keep fewer at the ends")
@@ -52,6 +58,8 @@ def choose_groups(
         if distances is None or distances.shape != (layers, layers):
             got = "none" if distances is None else tuple(distances.shape)
             raise bad_value("choose_groups", f"distances of shape ({layers}, {layers}) with pattern='similar'", got)
+        if bool(distances.isnan().any()):
+            raise bad_value("choose_groups", "numbers as distances", "NaN", "look for NaN in the model and its text")
         return _cheapest(distances.double(), first, last, count, group_size)
     groups, left = [], count
     while left:
@@ -67,6 +75,8 @@ def _count(layers: int, replace: float | int) -> int:
         if not 0 < replace < 1:
             raise bad_value("choose_groups", "replace as a count or a share in (0, 1)", replace)
         return max(1, round(replace * layers))
+    if not isinstance(replace, int) or isinstance(replace, bool):
+        raise bad_type("choose_groups", "replace as a count or a share in (0, 1)", repr(replace))
     return replace
 
 
@@ -107,7 +117,10 @@ def ranks_of(
     unknown = sorted(set(ranks) - set(shapes))
     if unknown:
         raise bad_value("convert", f"ranks for {', '.join(shapes)}", ", ".join(unknown))
-    return {name: int(value) for name, value in ranks.items() if value}
+    for name, value in ranks.items():
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise bad_type("convert", f"a whole number as rank of {name}", repr(value))
+    return {name: value for name, value in ranks.items() if value}
 
 
 @torch.no_grad()

@@ -8,12 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmkern._library import bad_value
+
+
+def check_ids(model: Any, ids: Tensor) -> None:
+    expected = "token ids (N, T), whole numbers and at least one"
+    if ids.dim() != 2 or not ids.numel() or ids.is_floating_point():
+        raise bad_value("sharp", expected, f"{ids.dtype} of shape {tuple(ids.shape)}")
+    least, most = (int(end) for end in ids.aminmax())
+    if least < 0 or most >= model.config.vocab_size:
+        expected = f"token ids from 0 to {model.config.vocab_size - 1}"
+        raise bad_value("sharp", expected, f"{least} to {most}", "take the tokenizer of the model")
+
 
 @torch.no_grad()
 def watch_mlps(
     model: Any, ids: Tensor, see: Callable[[int, Tensor, Tensor], None], layers: Iterable[int], batch_size: int = 8
 ) -> None:
     """Run ids (N, T) through the model's layers; ``see(layer, x, y)`` gets rows (tokens, H) of each layer named."""
+    check_ids(model, ids)
     hooks = []
     for i in layers:
 
