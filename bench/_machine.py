@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from llmkern._memory import zeros_to_stream
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -72,9 +74,10 @@ def _best_median(calls: list[Callable[[], object]], device: str, rounds: int = 7
 def read_bandwidth(device: str) -> float:
     """Bytes per second of a streaming read with all threads, over a buffer far above any cache.
 
-    The fastest of several reductions of torch, since none of them is built as a bandwidth test.
+    The fastest of several reductions of torch, since none of them is built as a bandwidth test, over huge pages.
     """
-    numbers = torch.ones(2**27 if device == "cpu" else 2**30, device=device)
+    shape = (2**27 if device == "cpu" else 2**30,)
+    numbers = zeros_to_stream(torch.empty(0, device=device), [(shape, torch.float32)])[0].fill_(1)
     vector = torch.ones(4096, device=device)
     reductions = [
         lambda: numbers.sum(),

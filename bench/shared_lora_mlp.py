@@ -39,12 +39,20 @@ class Gated(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+def as_lora(matrices: list[Tensor]) -> MlpLora:
+    """From A and B of gate, up and down."""
+    return MlpLora(matrices[:2], matrices[2:4], matrices[4:])
+
+
 class Layer:
     """Frozen weights in the forms in which providers take them."""
 
     def __init__(self, weights: MlpWeights, lora: list[Tensor], packing: str | None) -> None:
         self.weights, self.lora, self.rank = weights, lora, lora[0].shape[0]
-        self.own = weights if packing is None else llmkern.pack_mlp(weights, dtype=packing, group_size=32)
+        self.own, self.factors = weights, as_lora(lora)
+        if packing is not None:
+            self.own = llmkern.pack_mlp(weights, dtype=packing, group_size=32)
+            self.factors = llmkern.pack_lora(self.factors)
 
     @cached_property
     def peft(self) -> nn.Module:
@@ -102,8 +110,7 @@ def pick(layer: Layer, lora: list[Tensor]) -> list[Tensor]:
 
 def ours(x: Tensor, lora: list[Tensor], rotation: Rotation, keep: bool = False) -> Tensor:
     layer = rotation.next("llmkern")
-    pairs = pick(layer, lora)
-    return llmkern.shared_lora_mlp(x, layer.own, MlpLora(pairs[:2], pairs[2:4], pairs[4:]), keep=keep)
+    return llmkern.shared_lora_mlp(x, layer.own, as_lora(lora) if lora else layer.factors, keep=keep)
 
 
 def plain(x: Tensor, lora: list[Tensor], rotation: Rotation) -> Tensor:

@@ -2,6 +2,8 @@
 // what meets them, numbers of x or sums of outputs, is brought into that order once for all rows.
 #pragma once
 
+#include <array>
+
 #include "mlp_rows.h"
 
 namespace llmkern {
@@ -98,10 +100,14 @@ template <typename Row>
   constexpr int kUnits = kLineUnits<Row>;
   uint64_t some = 0;
   std::memcpy(&some, scales, kUnits * sizeof(*scales));
-  Lanes<uint16_t> order;
-  for (int i = 0; i < kLanes<uint16_t>; ++i) order[i] = static_cast<uint16_t>(i * kUnits / kLanes<uint16_t>);
+  // A table: GCC does not always see that a loop makes the same numbers each time.
+  alignas(64) static constexpr auto kOrder = [] {
+    std::array<uint16_t, kLanes<uint16_t>> order{};
+    for (int i = 0; i < kLanes<uint16_t>; ++i) order[i] = static_cast<uint16_t>(i * kUnits / kLanes<uint16_t>);
+    return order;
+  }();
   // In the upper half of a lane bfloat16 is a float.
-  return reinterpret<Floats>(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, reinterpret<__m512i>(order),
+  return reinterpret<Floats>(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, _mm512_load_si512(kOrder.data()),
                                                             _mm512_set1_epi64(static_cast<long long>(some))));
 }
 

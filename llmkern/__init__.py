@@ -7,7 +7,7 @@ from llmkern.ops.mix_logits import mix_hidden_states, mix_logits
 from llmkern.ops.pairwise_scores import clip_loss, neg_clip_loss, norm_sim
 from llmkern.ops.rope_attention import AttentionPlan, RopeAttentionState, Rotary, plan_attention, rope_attention
 from llmkern.ops.sample_mixed import sample_mixed
-from llmkern.ops.shared_lora_mlp import MlpLora, MlpWeights, PackedMlp, pack_mlp, shared_lora_mlp
+from llmkern.ops.shared_lora_mlp import MlpLora, MlpWeights, PackedMlp, pack_lora, pack_mlp, shared_lora_mlp
 from llmkern.ops.toeplitz_attention import (
     RelativeBias,
     RelativeMatrix,
@@ -28,6 +28,7 @@ __all__ = [
     "MlpWeights",
     "MlpLora",
     "pack_mlp",
+    "pack_lora",
     "PackedMlp",
     "toeplitz_attention",
     "plan_toeplitz_attention",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from cases.shared_lora_mlp import NAMES, Packed, lora_of, make, plain
@@ -13,6 +16,8 @@ from llmkern import MlpLora, MlpWeights, pack_mlp, shared_lora_mlp
 from llmkern.ops.shared_lora_mlp.function import _SharedLoraMlp
 
 HIDDEN, INNER = 40, 24
+# What Linux tells of the pages of this process.
+PAGES = Path("/proc/self/smaps")
 
 
 def weights_and_lora(dtype: torch.dtype = torch.float32, rank: int = 3) -> tuple[MlpWeights, MlpLora]:
@@ -265,6 +270,43 @@ def test_zeros_and_tiny_weights_pack_to_numbers() -> None:
     for value in (0.0, 1e-42):
         packed = pack_mlp(MlpWeights(None, torch.full((2, 3), value), torch.zeros(3, 2)), dtype="int8")
         assert bool((packed.dequantize().up - value).abs().max() <= 1e-42)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int4"])
+def test_packs_ask_for_huge_pages(dtype: str) -> None:
+    """Where Linux tells of its pages; a tensor of one's own is in none of those."""
+    weights, lora = weights_and_lora()
+    packed, factors = pack_mlp(weights, dtype=dtype, group_size=32), llmkern.pack_lora(lora)
+    assert factors.gate
+    assert lora.gate
+    assert asks_for_huge_pages(packed.data) == asks_for_huge_pages(factors.gate[1]) == PAGES.exists()
+    assert not asks_for_huge_pages(lora.gate[1])
+
+
+def asks_for_huge_pages(tensor: Tensor) -> bool:
+    found = False
+    for line in PAGES.read_text().splitlines() if PAGES.exists() else []:
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            found = int(bounds[1], 16) <= tensor.data_ptr() < int(bounds[2], 16)
+        elif found and line.startswith("VmFlags:"):
+            return "hg" in line.split()
+    return False
+
+
+def test_packed_factors_are_the_same_numbers_each_in_a_storage_of_its_own() -> None:
+    _, lora = weights_and_lora()
+    gate, down = [tuple(t.mT.contiguous().mT.requires_grad_() for t in pair) for pair in (lora.gate, lora.down)]
+    lora = MlpLora(gate=gate, down=down, scaling=(1.0, 2.0, 3.0))
+    packed = llmkern.pack_lora(lora)
+    assert (packed.up, packed.scaling) == (None, lora.scaling)
+    pairs = [(t, p) for one, other in zip(lora[:3], packed[:3]) if one for t, p in zip(one, other or ())]
+    assert len(pairs) == 4
+    for own, moved in pairs:
+        assert torch.equal(own, moved)
+        assert (moved.is_contiguous(), moved.requires_grad) == (True, False)
+        assert moved.untyped_storage().nbytes() == moved.nbytes
+    assert len({moved.untyped_storage().data_ptr() for _, moved in pairs}) == 4
+    assert llmkern.pack_lora(MlpLora()) == MlpLora()
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from llmkern._library import bad_type, bad_value
-from llmkern.ops.shared_lora_mlp import MlpLora, MlpWeights, PackedMlp, pack_mlp, shared_lora_mlp
+from llmkern.ops.shared_lora_mlp import MlpLora, MlpWeights, PackedMlp, pack_lora, pack_mlp, shared_lora_mlp
 
 NAME = "shared MLP"
 PREFIX = "shared_mlp_"
@@ -236,8 +236,8 @@ def check_sharing(model: Any, sharing: Sharing) -> None:
 def pack_base(model: Any, dtype: str, group_size: int = 128) -> int:
     """In place: groups run on packed weights, see ``pack_mlp``; returns their bytes.
 
-    Factors train through them. The dense weights stay, for ``save_pretrained``; the configuration says how they are
-    packed, and ``from_pretrained`` does it again.
+    Factors train through them; those of a layer move together, see ``pack_lora``. The dense weights stay, for
+    ``save_pretrained``; the configuration says how they are packed, and ``from_pretrained`` does it again.
     """
     size = 0
     for group in model.sharing.groups:
@@ -245,6 +245,11 @@ def pack_base(model: Any, dtype: str, group_size: int = 128) -> int:
         reference.packed = None
         reference.packed = pack_mlp(reference.weights, dtype=dtype, group_size=group_size)
         size += reference.packed.nbytes
+        for layer in group[1:]:
+            mlp = model.model.layers[layer].mlp
+            for own, moved in zip(mlp.lora[:3], pack_lora(mlp.lora)[:3]):
+                for parameter, copy in zip(own or (), moved or ()):
+                    parameter.data = copy
     model.config.sharing = replace(model.sharing, pack=dtype, pack_group_size=group_size).to_dict()
     return size
 

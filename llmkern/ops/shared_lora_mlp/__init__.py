@@ -2,6 +2,6 @@
 
 from llmkern.ops.shared_lora_mlp.arguments import MlpLora, MlpWeights
 from llmkern.ops.shared_lora_mlp.function import shared_lora_mlp
-from llmkern.ops.shared_lora_mlp.packed import PackedMlp, pack_mlp
+from llmkern.ops.shared_lora_mlp.packed import PackedMlp, pack_lora, pack_mlp
 
-__all__ = ["MlpLora", "MlpWeights", "PackedMlp", "pack_mlp", "shared_lora_mlp"]
+__all__ = ["MlpLora", "MlpWeights", "PackedMlp", "pack_lora", "pack_mlp", "shared_lora_mlp"]

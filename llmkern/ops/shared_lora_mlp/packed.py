@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from llmkern._library import bad_type, bad_value, has_values
+from llmkern._memory import zeros_to_stream
 
 if TYPE_CHECKING:
-    from llmkern.ops.shared_lora_mlp.arguments import MlpWeights
+    from llmkern.ops.shared_lora_mlp.arguments import MlpLora, MlpWeights
 
 PACKINGS = ("bf16", "int8", "int4")
 # Entries of int4 that are unpacked together; all rows are padded to whole units.
@@ -85,9 +86,9 @@ def pack_mlp(weights: MlpWeights, *, dtype: str = "bf16", group_size: int = 128)
             int8, 1/2 + 2 / G in int4.
 
     Returns:
-        PackedMlp, on the device of the weights. Training of ``lora`` and the gradient of x go through it; it takes no
-        gradient of its own. ``dequantize()`` gives what it stands for: initialise LoRA against that, not against the
-        original, and the correction takes up the rounding too.
+        PackedMlp, on the device of the weights; on a CPU in huge pages where the system has them. Training of ``lora``
+        and the gradient of x go through it; it takes no gradient of its own. ``dequantize()`` gives what it stands for:
+        initialise LoRA against that, not against the original, and the correction takes up the rounding too.
 
     Raises:
         ValueError, TypeError: shapes or options that do not fit; NaN or infinity among the weights.
@@ -117,12 +118,13 @@ def pack_mlp(weights: MlpWeights, *, dtype: str = "bf16", group_size: int = 128)
     group = UNIT if dtype == "bf16" else group_size
     wide = -(-hidden // group) * group
     kind = {"bf16": torch.bfloat16, "int8": torch.int8, "int4": torch.uint8}[dtype]
-    data = up.new_zeros((inner, len(parts), wide // 2 if dtype == "int4" else wide), dtype=kind)
+    shapes = [(inner, len(parts), wide // 2 if dtype == "int4" else wide), (inner, len(parts), wide // group)]
     if dtype == "bf16":
+        (data,) = zeros_to_stream(up, [(shapes[0], kind)])
         for index, part in enumerate(parts):
             data[:, index, :hidden] = part
         return PackedMlp(data, None, hidden, 0)
-    scales = up.new_empty((inner, len(parts), wide // group), dtype=torch.bfloat16)
+    data, scales = zeros_to_stream(up, [(shapes[0], kind), (shapes[1], torch.bfloat16)])
     for index, part in enumerate(parts):
         padded = torch.nn.functional.pad(part.float(), (0, wide - hidden)).view(inner, -1, group)
         if dtype == "int8":
@@ -137,6 +139,31 @@ def pack_mlp(weights: MlpWeights, *, dtype: str = "bf16", group_size: int = 128)
         data[:, index] = entries if dtype == "int8" else _join_nibbles(entries)
         scales[:, index] = scale
     return PackedMlp(data, scales, hidden, group)
+
+
+def pack_lora(lora: MlpLora) -> MlpLora:
+    """The same factors side by side in memory, on a CPU in huge pages where the system has them.
+
+    A few tokens read the factors of a layer together with its packed weights, and stall at each page that they begin.
+
+    Args:
+        lora: pairs (A, B), any of them absent, on one device.
+
+    Returns:
+        MlpLora of copies, which share no storage with one another; of equal shapes, dtypes and numbers, without
+        gradients.
+    """
+    from llmkern.ops.shared_lora_mlp.arguments import MlpLora
+
+    matrices = [t for pair in lora[:3] if pair is not None for t in pair]
+    if not matrices:
+        return lora
+    copies = iter(zeros_to_stream(matrices[0], [(t.shape, t.dtype) for t in matrices]))
+
+    def moved(pair: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+        return None if pair is None else (next(copies).copy_(pair[0].detach()), next(copies).copy_(pair[1].detach()))
+
+    return MlpLora(moved(lora.gate), moved(lora.up), moved(lora.down), lora.scaling)
 
 
 def unpack(
