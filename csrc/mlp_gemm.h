@@ -107,7 +107,7 @@ class MlpGemm {
       low.as_left(p_.rank(kDown), p_.scaling[kDown], low_left);
       b.pack_columns(rows_of(p_.b[kDown]), p_.hidden);
     }
-    for_tiles<A>(outputs.blocks(), p_.tokens, outputs.panels(), p_.rank(kDown), [&](int64_t block, int64_t p) {
+    for_tiles<A>(p_.tokens, outputs.panels(), p_.rank(kDown), [&](int64_t block, int64_t p) {
       A* c = outputs.tile(block, p);
       if (p_.a[kDown]) tile_of(low_left, block, b, p, c, true);
       write(block, p, c, y);
@@ -134,7 +134,7 @@ class MlpGemm {
     for (int64_t first = 0; first < p_.inner; first += chunk_) {
       const int64_t count = std::min(chunk_, p_.inner - first);
       const auto base = chunks_(first, count);
-      pack_hidden(base, first, count);
+      if (!kept_) pack_hidden(base, first, count);
       if (need_hidden) {
         // R[k][c]: output k, channel c.
         if (base.down_by_channel) {
@@ -217,7 +217,7 @@ class MlpGemm {
 
   template <typename Body>
   void for_chunk_tiles(int64_t count, Body body) {
-    for_tiles<A>(x_.blocks(), p_.tokens, count_panels<A>(count), 2 * p_.hidden, body);
+    for_tiles<A>(p_.tokens, count_panels<A>(count), 2 * p_.hidden, body);
   }
 
   // e and g of a tile; without a gate e alone.
@@ -320,22 +320,22 @@ class MlpGemm {
         dlow[part].add(d, b_[part]);
       }
       if (grads.base[part])
-        transposed_product(d.as_rows(), x_panels, p_.tokens, A(1), grads.base[part], first * p_.hidden, p_.hidden);
+        transposed_product(d.as_rows(), x_panels, p_.tokens, grads.base[part], first * p_.hidden, p_.hidden);
       // low holds the scaling already.
       if (grads.b[part])
-        transposed_product(d.as_rows(), low_panels[part], p_.tokens, A(1), grads.b[part], first * p_.rank(part),
+        transposed_product(d.as_rows(), low_panels[part], p_.tokens, grads.b[part], first * p_.rank(part),
                            p_.rank(part));
     }
     if (grads.base[kDown]) {
       down_.pack_rows(h_.as_rows(), p_.tokens);
-      transposed_product(dy_.as_rows(), down_, p_.tokens, A(1), grads.base[kDown], first, p_.inner);
+      transposed_product(dy_.as_rows(), down_, p_.tokens, grads.base[kDown], first, p_.inner);
     }
     if (!grads.a[kDown] && !grads.b[kDown]) return;
     const LeftRows<A>& h = dropped_h(first);
     if (grads.b[kDown]) low.add(h, packed_low(first, count));
     if (grads.a[kDown]) {
       down_.pack_rows(h.as_rows(), p_.tokens);
-      transposed_product(dlow_down.as_rows(), down_, p_.tokens, A(1), grads.a[kDown], first, p_.inner);
+      transposed_product(dlow_down.as_rows(), down_, p_.tokens, grads.a[kDown], first, p_.inner);
     }
   }
 
@@ -348,11 +348,11 @@ class MlpGemm {
       dlow[part].as_left(p_.rank(part), p_.scaling[part], sums);
       if (grads.a[part]) {
         panels.pack_rows(x_of(part).as_rows(), p_.tokens);
-        transposed_product(sums.as_rows(), panels, p_.tokens, A(1), grads.a[part], 0, p_.hidden);
+        transposed_product(sums.as_rows(), panels, p_.tokens, grads.a[part], 0, p_.hidden);
       }
       if (!grads.x) continue;
       panels.pack_rows(rows_of(p_.a[part]), p_.rank(part));
-      for_tiles<A>(dx.blocks(), p_.tokens, dx.panels(), panels.depth, [&](int64_t block, int64_t p) {
+      for_tiles<A>(p_.tokens, dx.panels(), panels.depth, [&](int64_t block, int64_t p) {
         if (!masks_[part]) return tile_of(sums, block, panels, p, dx.tile(block, p), true);
         TileBuffer<A> c;
         tile_of(sums, block, panels, p, c.at);
@@ -360,12 +360,12 @@ class MlpGemm {
       });
     }
     if (grads.x)
-      for_tiles<A>(dx.blocks(), p_.tokens, dx.panels(), 16,
+      for_tiles<A>(p_.tokens, dx.panels(), 16,
                    [&](int64_t block, int64_t p) { write(block, p, dx.tile(block, p), grads.x); });
     if (grads.b[kDown]) {
       low.as_left(p_.rank(kDown), p_.scaling[kDown], sums);
       panels.pack_rows(sums.as_rows(), p_.tokens);
-      transposed_product(dy_.as_rows(), panels, p_.tokens, A(1), grads.b[kDown], 0, p_.rank(kDown));
+      transposed_product(dy_.as_rows(), panels, p_.tokens, grads.b[kDown], 0, p_.rank(kDown));
     }
   }
 

@@ -103,7 +103,7 @@ class MlpMatmul {
       if (a.numel()) at::mm_out(a, dlow[part].t(), dropped);
       if (!b.numel()) continue;
       if (!low[part].defined()) low[part] = at::mm(dropped, t_.a[part].t());
-      at::mm_out(b, d[part].t(), low[part]).mul_(t_.scaling[part]);
+      at::mm_out(b, d[part].t(), low[part].mul_(t_.scaling[part]));
     }
   }
 

@@ -143,12 +143,29 @@ struct alignas(64) TileBuffer {
   A at[kBlockRows * kTileColumns<A>];
 };
 
-// Calls body(block, panel) for all tiles of a product, in parallel where `depth` makes them worth it.
+// Calls body(block, p0, p1) so that together these are all panels of all blocks of rows, in parallel where `depth`
+// makes them worth it. Threads share the rows evenly, of which the last block may have few.
 template <typename A, typename Body>
-inline void for_tiles(int64_t blocks, int64_t rows, int64_t panels, int64_t depth, Body body) {
-  const int64_t flops = std::min<int64_t>(rows, kBlockRows) * kTileColumns<A> * (depth + 1);
-  at::parallel_for(0, blocks * panels, std::max<int64_t>(1, 65536 / (flops + 1)), [&](int64_t first, int64_t last) {
-    for (int64_t task = first; task < last; ++task) body(task / panels, task % panels);
+inline void for_strips(int64_t rows, int64_t panels, int64_t depth, Body body) {
+  constexpr int64_t kHeight = kBlockRows / kTileRows;
+  const int64_t tiles = padded_rows(rows) / kTileRows, flops = kTileRows * kTileColumns<A> * (depth + 1);
+  at::parallel_for(0, tiles * panels, std::max<int64_t>(1, 65536 / flops), [&](int64_t first, int64_t last) {
+    // A panel of a block belongs to whom its first tile of registers belongs to.
+    for (int64_t block = first / (kHeight * panels); block * kHeight * panels < last; ++block) {
+      const int64_t begin = block * kHeight * panels, height = std::min(kHeight, tiles - block * kHeight);
+      const auto from = [&](int64_t tile) {
+        return std::clamp<int64_t>((tile - begin + height - 1) / height, 0, panels);
+      };
+      if (from(first) < from(last)) body(block, from(first), from(last));
+    }
+  });
+}
+
+// Calls body(block, panel) for all tiles of a product.
+template <typename A, typename Body>
+inline void for_tiles(int64_t rows, int64_t panels, int64_t depth, Body body) {
+  for_strips<A>(rows, panels, depth, [&](int64_t block, int64_t p0, int64_t p1) {
+    for (int64_t p = p0; p < p1; ++p) body(block, p);
   });
 }
 
@@ -161,7 +178,7 @@ inline void tile_of(const LeftRows<A>& left, int64_t block, const Panels<A>& rig
 template <typename A>
 inline void multiply(const LeftRows<A>& left, const Panels<A>& right, A scale, LeftRows<A>& to) {
   to.shape(left.rows, right.columns);
-  for_tiles<A>(left.blocks(), left.rows, right.count(), right.depth, [&](int64_t block, int64_t p) {
+  for_tiles<A>(left.rows, right.count(), right.depth, [&](int64_t block, int64_t p) {
     TileBuffer<A> c;
     tile_of(left, block, right, p, c.at);
     to.put(block, p, c.at, scale);
@@ -186,7 +203,7 @@ class TileSums {
   int64_t rows() const { return rows_; }
 
   void add(const LeftRows<A>& left, const Panels<A>& right) const {
-    for_tiles<A>(blocks_, rows_, panels_, right.depth,
+    for_tiles<A>(rows_, panels_, right.depth,
                  [&](int64_t block, int64_t p) { tile_of(left, block, right, p, tile(block, p), true); });
   }
 
@@ -201,30 +218,21 @@ class TileSums {
   at::Tensor buffer_;
 };
 
-// out[i * out_row + j] = scale sum over tokens a[token][i] right[token][j]
+// out[i * out_row + j] = sum over tokens a[token][i] right[token][j]
 template <typename A>
-inline void transposed_product(const Rows<A>& a, const Panels<A>& right, int64_t tokens, A scale, const Numbers<A>& out,
+inline void transposed_product(const Rows<A>& a, const Panels<A>& right, int64_t tokens, const Numbers<A>& out,
                                int64_t out_at, int64_t out_row) {
-  const int64_t stride = left_stride<A>(right.depth), blocks = count_blocks(a.width);
+  const int64_t stride = left_stride<A>(right.depth);
   const PerThread<A> scratch(kBlockRows * stride);
-  // Blocks of rows are transposed once for a strip of panels.
-  const int64_t strips = blocks >= 4 * at::get_num_threads() ? 1 : right.count();
-  at::parallel_for(0, blocks * strips, 1, [&](int64_t first, int64_t last) {
-    int64_t held = -1;
-    A* left = scratch.get();
-    for (int64_t task = first; task < last; ++task) {
-      const int64_t block = task / strips, i = block * kBlockRows;
-      const int64_t count = std::min<int64_t>(kBlockRows, a.width - i);
-      if (block != held) widen_transposed(a, i, count, 0, right.depth, tokens, stride, left);
-      held = block;
-      const int64_t p0 = strips == 1 ? 0 : task % strips, p1 = strips == 1 ? right.count() : p0 + 1;
-      for (int64_t p = p0; p < p1; ++p) {
-        TileBuffer<A> c;
-        panel_product(Left<A>{left, stride}, padded_rows(count), right.panel(p), right.depth, c.at);
-        for (int64_t k = 0; k < padded_rows(count) * kTileColumns<A>; ++k) c.at[k] *= scale;
-        for (int64_t r = 0; r < count; ++r)
-          out.put(out_at + (i + r) * out_row + p * kTileColumns<A>, c.at + r * kTileColumns<A>, right.width(p));
-      }
+  for_strips<A>(a.width, right.count(), right.depth, [&](int64_t block, int64_t p0, int64_t p1) {
+    A* const left = scratch.get();
+    const int64_t i = block * kBlockRows, count = std::min<int64_t>(kBlockRows, a.width - i);
+    widen_transposed(a, i, count, 0, right.depth, tokens, stride, left);
+    for (int64_t p = p0; p < p1; ++p) {
+      TileBuffer<A> c;
+      panel_product(Left<A>{left, stride}, padded_rows(count), right.panel(p), right.depth, c.at);
+      for (int64_t r = 0; r < count; ++r)
+        out.put(out_at + (i + r) * out_row + p * kTileColumns<A>, c.at + r * kTileColumns<A>, right.width(p));
     }
   });
 }

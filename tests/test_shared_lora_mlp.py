@@ -10,6 +10,7 @@ import torch
 from cases.shared_lora_mlp import NAMES, Packed, lora_of, make, plain
 from oracle import assert_close, assert_no_worse_than_torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import llmkern
 from llmkern import MlpLora, MlpWeights, pack_mlp, shared_lora_mlp
@@ -104,6 +105,23 @@ def test_only_x_is_saved_unless_asked(rows: int, device: str) -> None:
 
     assert saved_bytes(False) == 0
     assert saved_bytes(True) == 2 * rows * INNER * 4
+
+
+def test_no_gradient_of_what_was_kept_is_made(device: str) -> None:
+    weights, lora = (map_to(value, device) for value in weights_and_lora())
+    x = torch.randn(3, HIDDEN, device=device, requires_grad=True)
+    seen: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    y = shared_lora_mlp(x, weights, lora, keep=True)
+    with Watch():
+        y.backward(torch.ones_like(y))
+    assert "llmkern.shared_lora_mlp_bwd.default" in seen
+    assert not any("zeros" in name for name in seen)
 
 
 @pytest.mark.parametrize("rows", [2, 150])

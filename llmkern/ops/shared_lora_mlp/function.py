@@ -75,10 +75,14 @@ class _SharedLoraMlp(torch.autograd.Function):
         ctx.group_size, ctx.scaling, ctx.activation, _, *tensors = inputs
         ctx.save_for_backward(output[1], *tensors)
         ctx.mark_non_differentiable(output[1])
+        # Or backward would be handed zeros of the size of what was kept.
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * len(ctx.needs_input_grad)
         kept, x, *tensors = ctx.saved_tensors
         masks, lora, weights = tensors[:3], tensors[3:9], tensors[9:]
         asked = ctx.needs_input_grad[4:]
