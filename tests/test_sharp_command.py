@@ -86,6 +86,19 @@ def test_finished_warmup_is_not_made_again(folder, monkeypatch):
     assert main([*map(str, argv), "--text", str(folder / "a.txt"), "--length", "16"]) == 0
 
 
+def test_half_precision_warms_up_in_float32(folder):
+    """What a step of Adam adds is less than half of what bfloat16 resolves of most factors."""
+    model_of().bfloat16().save_pretrained(folder / "half")
+    word_tokenizer().save_pretrained(folder / "half")
+    assert main(["sharp", *f"convert {folder}/half --out {folder}/half.one --rank 6 --init svd".split()]) == 0
+    words = f"warmup {folder}/half.one --teacher {folder}/half --out {folder}/half.two --steps 40 --learning-rate 1e-4"
+    assert main(["sharp", *words.split(), "--text", str(folder / "a.txt"), "--length", "16"]) == 0
+    before, after = (files.pairs_of(files.load(folder / name, dtype="auto")) for name in ("half.one", "half.two"))
+    moved = [(pair.lora_B.weight != before[name].lora_B.weight).float().mean() for name, pair in after.items()]
+    assert after["layers.2.mlp.up_proj"].lora_B.weight.dtype == torch.bfloat16
+    assert torch.stack(moved).mean() > 0.5
+
+
 def test_export(folder, tmp_path):
     argv = ["sharp", "export", folder / "three", "--dense", tmp_path / "dense", "--adapter", tmp_path / "adapter"]
     assert main(list(map(str, argv))) == 0

@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -139,6 +140,10 @@ class LoraPair(nn.Module):
     def pair(self) -> tuple[Tensor, Tensor]:
         return self.lora_A.weight, self.lora_B.weight
 
+    def cast(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        a, b = self.pair
+        return (a, b) if a.dtype == dtype else (a.to(dtype), b.to(dtype))
+
 
 class SharedMlp(nn.Module):
     """A layer's view of its reference, with factors of its own; ``keep`` as in ``shared_lora_mlp``, off by default."""
@@ -156,8 +161,10 @@ class SharedMlp(nn.Module):
 
     @property
     def lora(self) -> MlpLora:
+        """In the dtype of the base: factors that train in float32 beside a half base run as they will later."""
+        dtype = self.reference.gate_proj.weight.dtype
         pairs = (getattr(self, name) for name in PROJECTIONS)
-        gate, up, down = (None if pair is None else pair.pair for pair in pairs)
+        gate, up, down = (None if pair is None else pair.cast(dtype) for pair in pairs)
         return MlpLora(gate=gate, up=up, down=down, scaling=self.scaling)
 
     def forward(self, x: Tensor) -> Tensor:

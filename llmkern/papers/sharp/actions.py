@@ -21,7 +21,7 @@ from llmkern.papers.data_selection.files import make_folder, write_json
 from llmkern.papers.sharp import bench, convert, files, report, warmup
 from llmkern.papers.sharp.command import RECORDS, options_of
 from llmkern.papers.sharp.evaluate import mean_loss, perplexity, write_samples
-from llmkern.papers.sharp.finetune import FinetuneSettings, finetune
+from llmkern.papers.sharp.finetune import FinetuneSettings, finetune, training_in_float32
 from llmkern.papers.sharp.groups import mlp_distances, parse_groups, spread
 from llmkern.papers.sharp.text import read_examples, read_windows
 
@@ -94,7 +94,8 @@ def run_warmup(arguments: argparse.Namespace) -> None:
     with progress_bar(console, "outputs of the original", len(cache.parts)) as show:
         cache.fill(show)
         show(len(cache.parts))
-    with progress_bar(console, "warmup", settings.steps * len(layers)) as show:
+    bar = progress_bar(console, "warmup", settings.steps * len(layers))
+    with bar as show, training_in_float32(model):
         histories = warmup.warm_up(model, cache, settings, Cache(work), layers, show)
     found = {"options": options_of(arguments), **warmup.record(histories, settings)}
     _save(op, arguments.out, model, tokenizer, arguments.model, "warmup", found)
@@ -162,8 +163,10 @@ def run_eval(arguments: argparse.Namespace) -> None:
     for prompt, *texts in zip(arguments.prompt, *(entry["samples"] for entry in found["models"])):
         for entry, text in zip(found["models"], texts):
             console.print(f"{Path(entry['folder']).name}: {prompt}{text}", soft_wrap=True, markup=False)
-    write_json(out / "eval.json", found, op)
-    console.print(f"written: {report.write(out, found)}", soft_wrap=True)
+    with files.enough_disk(out, op):
+        write_json(out / "eval.json", found, op)
+        page = report.write(out, found)
+    console.print(f"written: {page}", soft_wrap=True)
 
 
 def run_bench(arguments: argparse.Namespace) -> None:

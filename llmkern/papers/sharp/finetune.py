@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,19 @@ class FinetuneSettings:
     trl: bool = False
 
 
+@contextmanager
+def training_in_float32(model: Any) -> Iterator[None]:
+    """Parameters that train are float32 within: a step of Adam is often less than what bfloat16 resolves."""
+    narrow = {p: p.dtype for p in model.parameters() if p.requires_grad and torch.finfo(p.dtype).bits < 32}
+    for parameter in narrow:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in narrow.items():
+            parameter.data, parameter.grad = parameter.data.to(dtype), None
+
+
 def finetune(
     model: Any,
     examples: Sequence[Example],
@@ -47,7 +62,7 @@ def finetune(
     held_out: Sequence[Example] = (),
     show: Show = lambda done, note: None,
 ) -> list[list[float]]:
-    """In place; returns [[step, training loss, held-out loss or nan], ...].
+    """In place; returns [[step, training loss, held-out loss or nan], ...]. Factors in half precision train in float32.
 
     ``folder`` gets the Trainer's checkpoints, from which the same call goes on.
     """
@@ -84,12 +99,14 @@ def finetune(
         "remove_unused_columns": False,
         "dataloader_pin_memory": False,
     }
+    # SFTTrainer's default is True.
+    options["gradient_checkpointing"] = settings.gradient_checkpointing
     if settings.gradient_checkpointing:
-        options["gradient_checkpointing"] = True
+        warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
     training: Any = _rows(examples, settings.answer_only)
     checking: Any = _rows(held_out, settings.answer_only) if held_out else None
     common: dict[str, Any] = {"model": model, "data_collator": collate, "callbacks": [Bar()]}
-    with enough_disk(out, OP):
+    with enough_disk(out, OP), training_in_float32(model):
         if settings.trl:
             from datasets import Dataset
             from trl import SFTConfig, SFTTrainer
