@@ -292,6 +292,10 @@ test_prefill = measure(
         case(MIDDLE, 64, BF16, 512, compile=True),
         case(MIDDLE, 64, FP32, 512),
         case(LARGE, 64, BF16, 512),
+        case(MIDDLE, 64, BF16, 512, packing="int8"),
+        case(MIDDLE, 64, BF16, 512, packing="int4"),
+        case(MIDDLE, 64, BF16, 16, packing="int4"),
+        case(MIDDLE, 64, FP32, 16),
     ]
 )
 test_training = measure([case(MIDDLE, 64, dtype, 512, mode="full") for dtype in (BF16, FP32)])

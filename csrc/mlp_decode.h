@@ -15,7 +15,7 @@ namespace llmkern {
 inline namespace CPU_CAPABILITY {
 
 // Tokens that go this way at most.
-constexpr int64_t kDecodeTokens = 24;
+constexpr int64_t kDecodeTokens = 32;
 constexpr int kBlockChannels = 8;
 constexpr int64_t kSlices = 32;
 // Numbers of weights that are worth the waking of a thread.

@@ -56,12 +56,16 @@ struct Int8Row {
 #pragma GCC unroll 16
     for (int i = 0; i < kUnitRegisters<A>; ++i) {
       std::memcpy(&bytes, data + k + i * kLanes<A>, sizeof(bytes));
-#if defined(CPU_CAPABILITY_AVX512)
+      // GCC makes a dozen instructions of the general form.
       if constexpr (std::is_same_v<A, float>) {
+#if defined(CPU_CAPABILITY_AVX512)
         w[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(reinterpret<__m128i>(bytes)));
         continue;
-      }
+#elif defined(CPU_CAPABILITY_AVX2)
+        w[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(&bytes))));
+        continue;
 #endif
+      }
       w[i] =
           from_ints<A>(__builtin_convertvector(bytes, typename VectorType<int32_t, sizeof(int32_t) * kLanes<A>>::type));
     }

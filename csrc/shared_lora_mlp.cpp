@@ -69,12 +69,11 @@ struct Inputs {
            std::all_of(pairs, pairs + 6, fits);
   }
 
-  // Tokens up to which streaming the weights takes less time than products of matrices: the two ways met at 8 to 12, 14
-  // to 18 and 24 to 27 tokens with plain weights, packs in bfloat16, and packs in int8 and int4 (896x4864, AVX-512).
+  // Tokens up to which streaming the weights takes less time than products of matrices (bench/_mlp_crossover.py).
   int64_t few_tokens() const {
-    if (!by_matmul()) return 8;
-    if (!packed) return 10;
-    return base[1].defined() ? kDecodeTokens : 16;
+    if (!by_matmul()) return kDecodeTokens;
+    if (!packed) return 8;
+    return base[1].defined() ? 24 : 16;
   }
 
   MlpBase rows() const {
