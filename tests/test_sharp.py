@@ -4,6 +4,7 @@ import copy
 import errno
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -298,6 +299,15 @@ def test_auto_class_reads_it_without_remote_code(shared, ids, tmp_path):
     trains = [name for name, p in loaded.named_parameters() if p.requires_grad]
     assert len(trains) == 12
     assert all(".lora_" in name for name in trains)
+
+
+def test_pickled_and_imported_by_name(shared, ids):
+    from llmkern.integrations.shared_mlp import SharedMlpLlamaForCausalLM
+
+    copied = pickle.loads(pickle.dumps(shared))
+    assert type(copied) is type(shared) is SharedMlpLlamaForCausalLM
+    assert torch.equal(logits(copied, ids), logits(shared, ids))
+    assert copied.model.layers[2].mlp.reference is copied.model.layers[1].mlp
 
 
 def test_dense_export_is_an_ordinary_checkpoint(shared, ids, tmp_path):

@@ -137,6 +137,7 @@ def test_bench_runs(folder, capsys):
             "warmup {0}/bare --teacher {0}/model --out {0}/x --text {0}/a.txt",
             "expected a model with factors, got one without",
         ),
+        ("eval {0}/one --out {0}/x --text {0}/a.txt --text {0}/a.txt", "expected texts of different names, got a, a"),
         ("export {0}/one", "expected --dense or --adapter, got neither"),
     ],
     ids=lambda value: " ".join(value.split()[:3]) if "{0}" in value else "",

@@ -344,3 +344,13 @@ def register(families: Sequence[str] = FAMILIES) -> None:
     """Let ``AutoModelForCausalLM.from_pretrained`` read models with shared MLPs, without trust_remote_code."""
     for family in families:
         sharing_classes(family)
+
+
+def __getattr__(name: str) -> Any:
+    """``SharedMlpLlamaForCausalLM`` and its like, as an import or an unpickled model asks for them."""
+    if name.startswith("SharedMlp"):
+        for family in FAMILIES:
+            for found in sharing_classes(family):
+                if found.__name__ == name:
+                    return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -136,6 +136,9 @@ def run_finetune(arguments: argparse.Namespace) -> None:
 
 def run_eval(arguments: argparse.Namespace) -> None:
     op = "sharp eval"
+    names = [name for name, _ in arguments.text]
+    if len(set(names)) < len(names):
+        raise bad_value(op, "texts of different names", ", ".join(names), "name them: --text NAME=FILE")
     out = make_folder(op, "--out", arguments.out)
     found: dict[str, Any] = {"models": []}
     for folder in arguments.models:

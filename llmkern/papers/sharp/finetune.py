@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -98,11 +97,9 @@ def finetune(
         "use_cpu": not torch.cuda.is_available(),
         "remove_unused_columns": False,
         "dataloader_pin_memory": False,
+        # SFTTrainer's default is True.
+        "gradient_checkpointing": settings.gradient_checkpointing,
     }
-    # SFTTrainer's default is True.
-    options["gradient_checkpointing"] = settings.gradient_checkpointing
-    if settings.gradient_checkpointing:
-        warnings.filterwarnings("ignore", "`gradient_checkpointing` is deprecated", FutureWarning)
     training: Any = _rows(examples, settings.answer_only)
     checking: Any = _rows(held_out, settings.answer_only) if held_out else None
     common: dict[str, Any] = {"model": model, "data_collator": collate, "callbacks": [Bar()]}
