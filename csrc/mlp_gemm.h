@@ -74,9 +74,8 @@ class MlpGemm {
   MlpGemm(const MlpProblem<A>& problem, Chunks chunks, const bool* const* masks, Numbers<A> kept)
       : p_(problem), chunks_(chunks), kept_(kept), first_part_(problem.gated ? kGate : kUp) {
     for (int part = 0; part < 3; ++part) masks_[part] = masks[part];
-    // Packed panels of a chunk take about 4 MB for each part.
-    chunk_ =
-        std::max<int64_t>(64, std::min<int64_t>(1024, (int64_t{1} << 20) / std::max<int64_t>(1, p_.hidden)) / 64 * 64);
+    // Packed panels of a chunk take up to about 4 MB for each part, and sums over a chunk are whole slices.
+    chunk_ = std::clamp<int64_t>((int64_t{1} << 20) / std::max<int64_t>(1, p_.hidden) / 64 * 64, 64, 2 * kSlice);
   }
 
   template <typename T>
