@@ -218,20 +218,22 @@ def test_half_precision_trains_in_float32(original, examples, tmp_path):
 
 
 def test_finetuning_resumes_and_skips_a_half_written_checkpoint(original, examples, tmp_path):
+    """To the same bits, a finished run too, of which the Trainer would take one step more."""
     straight = convert(original, GROUPS, rank=4)
-    finetune.finetune(straight, examples, tmp_path / "a", SETTINGS)
-    model = convert(original, GROUPS, rank=4)
-    finetune.finetune(model, examples, tmp_path / "b", SETTINGS)
-    (out,) = (tmp_path / "b").iterdir()
+    finetune.finetune(straight, examples, tmp_path, SETTINGS)
+    (out,) = tmp_path.iterdir()
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]
-    state = out / "checkpoint-12" / "trainer_state.json"
-    state.write_text(state.read_text()[:40])
-    assert finetune.last_whole_checkpoint(out) == str(out / "checkpoint-8")
-    again, seen = convert(original, GROUPS, rank=4), []
-    finetune.finetune(again, examples, tmp_path / "b", SETTINGS, show=lambda done, note: seen.append(done))
-    assert seen == [9, 10, 11, 12]
     wanted = factors(straight)
-    assert all(torch.equal(t, wanted[name]) for name, t in factors(again).items())
+    for whole, steps in ((True, range(9, 13)), (False, range(1, 13))):
+        if not whole:
+            state = out / "checkpoint-8" / "trainer_state.json"
+            state.write_text(state.read_text()[:40])
+        assert finetune.last_whole_checkpoint(out, 12) == (str(out / "checkpoint-8") if whole else None)
+        again, seen = convert(original, GROUPS, rank=4), {}
+        history = finetune.finetune(again, examples, tmp_path, SETTINGS, show=seen.__setitem__)
+        assert list(seen) == list(steps)
+        assert [step for step, *_ in history] == [4, 8, 12]
+        assert all(torch.equal(t, wanted[name]) for name, t in factors(again).items())
 
 
 def test_finetuning_refusals(original, examples, tmp_path):

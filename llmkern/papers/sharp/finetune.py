@@ -122,15 +122,19 @@ def finetune(
             arguments = TrainingArguments(**options)
             trainer = Trainer(args=arguments, train_dataset=training, eval_dataset=checking, **common)
         trainer.pop_callback(_printer())
-        trainer.train(resume_from_checkpoint=last_whole_checkpoint(out))
+        trainer.train(resume_from_checkpoint=last_whole_checkpoint(out, settings.steps))
     model.eval()
     return _history(trainer.state.log_history)
 
 
-def last_whole_checkpoint(folder: Path) -> str | None:
-    """The Trainer writes trainer_state.json last: a checkpoint that was cut short has none that can be read."""
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for path in reversed(found):
+def last_whole_checkpoint(folder: Path, steps: int) -> str | None:
+    """The last before the end, after which the Trainer would take one step more; it writes trainer_state.json last: a
+    checkpoint that was cut short has none that can be read.
+    """
+    found = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*")}
+    for step, path in sorted(found.items(), reverse=True):
+        if step >= steps:
+            continue
         try:
             json.loads((path / "trainer_state.json").read_text())
         except (OSError, ValueError):
