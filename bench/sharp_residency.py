@@ -3,7 +3,9 @@
 ``python bench/sharp_residency.py`` prints, for decode at batch 1, the times of the first and of the second MLP of a
 group, and of the second once more at once, which finds everything in a cache, its own correction too: no order of
 layers can do better; and their ratios to the first. Then the rate at which buffers of growing size are read a second
-time, which shows the cache that this machine really gives.
+time, which shows the cache that this machine really gives. Two cores of an AMD EPYC, whose L3 has 32 MB: reading
+again falls from above 100 GB/s to 60 beyond 20 MB; the second MLP takes 0.84 (576x1536, int8) and 0.76 (896x4864, int8)
+times as long as the first, and 0.72 and 0.65 with everything in a cache.
 """
 
 from __future__ import annotations

@@ -301,6 +301,18 @@ def test_auto_class_reads_it_without_remote_code(shared, ids, tmp_path):
     assert all(".lora_" in name for name in trains)
 
 
+def test_weights_are_mapped_from_the_file(shared, tmp_path):
+    files.save(shared, tmp_path / "a")
+    loaded = files.load(tmp_path / "a")
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    spans = [line[0].split("-") for line in lines if line[-1] == str(tmp_path / "a" / "model.safetensors")]
+    places = [tensor.data_ptr() for tensor in loaded.state_dict().values()]
+    assert all(any(int(low, 16) <= place < int(high, 16) for low, high in spans) for place in places)
+    # What maps a folder may write it anew.
+    files.save(loaded, tmp_path / "a")
+    assert all(torch.equal(t, loaded.state_dict()[n]) for n, t in files.load(tmp_path / "a").state_dict().items())
+
+
 def test_pickled_and_imported_by_name(shared, ids):
     from llmkern.integrations.shared_mlp import SharedMlpLlamaForCausalLM
 
