@@ -192,3 +192,16 @@ def test_closed_gap():
     assert tables.closed(found, "x") == [pytest.approx(0.9)]
     assert tables.text_of([1.0]) == "1.00"
     assert tables.mean_and_half([1.0, 2.0, 3.0])[1] == pytest.approx(2.484, abs=1e-3)
+
+
+def test_words_follow_the_interval():
+    """Two rows whose difference varies less over seeds than it is, and two whose difference varies more."""
+
+    def rows(*values):
+        return {str(seed): {"losses": {tables.IN: value}} for seed, value in enumerate(values)}
+
+    found = {"rows": {"a": rows(1.0, 2.0, 3.0), "b": rows(1.11, 2.10, 3.09), "c": rows(1.2, 1.9, 3.1), "d": rows(1.3)}}
+    assert tables.relation(found, "a", "b") == "is better than"
+    assert tables.relation(found, "b", "a") == "is worse than"
+    assert tables.relation(found, "a", "c") == "cannot be told, over 3 seeds, from"
+    assert tables.relation(found, "d", "a") == "is worse than"

@@ -51,6 +51,16 @@ def closed(found: Found, row: str, text: str = IN) -> list[float]:
     ]
 
 
+def relation(found: Found, ours: str, other: str) -> str:
+    """By the differences within seeds: better or worse only where their 95 % interval leaves out zero."""
+    rows = found["rows"]
+    seeds = sorted(rows[ours].keys() & rows[other].keys())
+    mean, half = mean_and_half([rows[ours][s]["losses"][IN] - rows[other][s]["losses"][IN] for s in seeds])
+    if not math.isnan(half) and abs(mean) <= half:
+        return f"cannot be told, over {len(seeds)} seeds, from"
+    return "is better than" if mean < 0 else "is worse than"
+
+
 def saved(found: Found, row: str, what: str = "mlp_parameters") -> float | None:
     one, original = (next(iter(found["rows"][name].values())) for name in (row, ORIGINAL))
     return 1 - one[what] / original[what] if one[what] else None
@@ -112,8 +122,7 @@ def sentences(found: Found) -> list[str]:
     for ours, other, words in compared:
         if ours in rows and other in rows:
             a, b = (mean_and_half(perplexities(found, name))[0] for name in (ours, other))
-            verdict = "better" if a < b else "worse"
-            said.append(f"{ours} ({a:.2f}) is {verdict} than {words} ({b:.2f}).")
+            said.append(f"{ours} ({a:.2f}) {relation(found, ours, other)} {words} ({b:.2f}).")
     for text in list(next(iter(rows[ORIGINAL].values()))["losses"])[1:]:
         if BOTH in rows and DIRECT in rows:
             before, after = (mean_and_half(perplexities(found, name, text))[0] for name in (ORIGINAL, BOTH))
