@@ -10,6 +10,7 @@ from tiny_models import WORDS, word_tokenizer
 
 from llmkern.__main__ import main
 from llmkern.demo.cache import Cache
+from llmkern.papers.data_selection.files import locked
 from llmkern.papers.sharp import files, warmup
 from llmkern.papers.sharp.convert import export_dense
 from llmkern.papers.sharp.study import settings, tables
@@ -137,6 +138,11 @@ def test_bench_runs(folder, capsys):
             "warmup {0}/bare --teacher {0}/model --out {0}/x --text {0}/a.txt",
             "expected a model with factors, got one without",
         ),
+        ("bench {0}/bare", "expected a model with factors, got one without any"),
+        (
+            "finetune {0}/one --out {0}/x --work {0}/busy --text {0}/c.jsonl",
+            "that no other run writes to, got one in use",
+        ),
         ("eval {0}/one --out {0}/x --text {0}/a.txt --text {0}/a.txt", "expected texts of different names, got a, a"),
         ("export {0}/one", "expected --dense or --adapter, got neither"),
     ],
@@ -148,7 +154,9 @@ def test_refusals(folder, capsys, words, said):
         torch.nn.init.normal_(model.model.layers[1].self_attn.q_proj.weight)
         model.save_pretrained(folder / "other")
         assert main(["sharp", *f"convert {folder}/model --out {folder}/bare --rank 0".split()]) == 0
-    assert main(["sharp", *words.format(folder).split()]) == 2
+    (folder / "busy").mkdir(exist_ok=True)
+    with locked("sharp", folder / "busy"):
+        assert main(["sharp", *words.format(folder).split()]) == 2
     error = capsys.readouterr().err
     assert said.format(folder) in " ".join(error.split())
     assert not (folder / "x").exists()

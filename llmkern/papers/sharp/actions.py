@@ -17,7 +17,7 @@ from llmkern.demo.base import progress_bar
 from llmkern.demo.cache import Cache
 from llmkern.integrations._loading import check_directory, load_tokenizer
 from llmkern.integrations.shared_mlp import PREFIX
-from llmkern.papers.data_selection.files import make_folder, write_json
+from llmkern.papers.data_selection.files import locked, make_folder, write_json
 from llmkern.papers.sharp import bench, convert, files, report, warmup
 from llmkern.papers.sharp.command import RECORDS, options_of
 from llmkern.papers.sharp.evaluate import mean_loss, perplexity, write_samples
@@ -125,7 +125,7 @@ def run_finetune(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         trl=arguments.trl,
     )
-    with progress_bar(console, "fine-tuning", settings.steps) as show:
+    with locked(op, work), progress_bar(console, "fine-tuning", settings.steps) as show:
         history = finetune(model, training, work, settings, tokenizer=tokenizer, held_out=held_out, show=show)
     found = {"options": options_of(arguments), "history": history, "examples": len(training)}
     _save(op, arguments.out, model, tokenizer, arguments.model, "finetune", found)
@@ -176,6 +176,7 @@ def run_bench(arguments: argparse.Namespace) -> None:
     op = "sharp bench"
     with _loading():
         model = files.load(arguments.model, op=op, dtype="auto")
+    files.check_factors(op, model)
     _print(*bench.generation_table(model, arguments.tokens, arguments.repeats))
     _print(*bench.warmup_table(model, arguments.repeats))
 
