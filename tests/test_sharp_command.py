@@ -13,7 +13,9 @@ from llmkern.demo.cache import Cache
 from llmkern.papers.data_selection.files import locked
 from llmkern.papers.sharp import files, warmup
 from llmkern.papers.sharp.convert import export_dense
+from llmkern.papers.sharp.evaluate import mean_loss
 from llmkern.papers.sharp.study import settings, tables
+from llmkern.papers.sharp.text import read_windows
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,6 +75,8 @@ def test_records_agree_with_models(folder):
     found = json.loads((folder / "eval" / "eval.json").read_text())
     assert [entry["shared"] for entry in found["models"]] == [False, True, True, True]
     assert all(set(entry["losses"]) == {"in", "out"} and len(entry["samples"]) == 1 for entry in found["models"])
+    ids = read_windows("sharp", word_tokenizer(), [folder / "b.txt"], 16, 64)
+    assert found["models"][3]["losses"]["out"] == pytest.approx(mean_loss(files.load(folder / "three"), ids))
     page = (folder / "eval" / "report.html").read_text()
     assert page.count("<svg") == 1 + 1 + 2 + 3
 

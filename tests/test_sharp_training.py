@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from shared_models import GROUPS, logits, model_of, refusal
-from tiny_models import WORDS, word_tokenizer
+from tiny_models import EOS, WORDS, word_tokenizer
 
 from llmkern.demo.cache import Cache
 from llmkern.integrations import shared_mlp
@@ -270,5 +270,11 @@ def test_texts(tmp_path):
 def test_loss_and_samples(original, ids):
     wanted = original(input_ids=ids, labels=ids).loss
     assert mean_loss(original, ids, batch_size=5) == pytest.approx(wanted.item(), rel=1e-5)
-    (found,) = write_samples(original, word_tokenizer(), ["w5 w6 w7"], 5)
-    assert len(found.split()) <= 5
+    words = word_tokenizer()
+    found = write_samples(original, words, ["w5 w6 w7", "w9"], 5)
+    for prompt, written in zip(("w5 w6 w7", "w9"), found):
+        tokens, given = words(prompt)["input_ids"], len(words(prompt)["input_ids"])
+        for _ in range(5):
+            tokens.append(int(logits(original, torch.tensor([tokens]))[0, -1].argmax()))
+        end = tokens.index(EOS) if EOS in tokens else len(tokens)
+        assert written == words.decode(tokens[given:end], skip_special_tokens=True)
