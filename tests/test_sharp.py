@@ -141,7 +141,9 @@ def test_whitened_start_is_nearer_on_its_text(original, ids):
     x, lost = torch.cat(seen), original.model.layers[5].mlp.gate_proj.weight.detach()
     errors = {}
     for init in ("zero", "svd", "whitened"):
-        mlp = convert(original, ((4, 5),), rank=4, init=init, text=ids).model.layers[5].mlp
+        seen = {}
+        mlp = convert(original, ((4, 5),), rank=4, init=init, text=ids, show=seen.__setitem__).model.layers[5].mlp
+        assert list(seen) == ([] if init == "zero" else [5])
         weight = merged(mlp.reference.gate_proj.weight, mlp.gate_proj, 1.0).detach()
         errors[init] = float(torch.linalg.matrix_norm(x @ (lost - weight).mT))
     assert errors["whitened"] < errors["svd"] < errors["zero"]

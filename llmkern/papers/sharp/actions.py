@@ -40,8 +40,10 @@ def run_convert(arguments: argparse.Namespace) -> None:
     text = None
     if arguments.text:
         text = read_windows(op, _needed(tokenizer, op), arguments.text, arguments.length, arguments.windows)
-    with console.status("choosing groups and fitting factors"):
+    with console.status("comparing layers"):
         distances = None if text is None else mlp_distances(original, text[:16])
+    count = len(original.model.layers)
+    with progress_bar(console, "layers that share", count) as show:
         model = convert.convert(
             original,
             parse_groups(arguments.groups) if arguments.groups else None,
@@ -59,7 +61,9 @@ def run_convert(arguments: argparse.Namespace) -> None:
             pack=arguments.pack,
             pack_group_size=arguments.pack_group_size,
             seed=arguments.seed,
+            show=show,
         )
+        show(count)
     sizes = {
         "parameters": [convert.parameters(original), convert.parameters(model)],
         "mlp_parameters": [convert.mlp_parameters(original), convert.mlp_parameters(model)],

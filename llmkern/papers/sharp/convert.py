@@ -14,7 +14,7 @@ also take up the error of quantisation.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from llmkern.ops.shared_lora_mlp import PackedMlp
 from llmkern.papers.sharp.groups import Groups, choose_groups, mlp_distances, ranks_of
 from llmkern.papers.sharp.observe import moments
 
+Show = Callable[[int, str], object]
 INITS = ("svd", "whitened", "zero")
 RANK_RATIO = 0.05
 # Above this many rows and columns a few steps of subspace iteration take the place of a full decomposition.
@@ -63,6 +64,7 @@ def convert(
     pack: str | None = None,
     pack_group_size: int = 128,
     seed: int = 0,
+    show: Show = lambda layer, note: None,
 ) -> Any:
     """A model whose groups of layers share an MLP; ``model`` stays as it is, and the two hold the same base tensors.
 
@@ -77,6 +79,7 @@ def convert(
         text: token ids (N, T) for pattern="similar" and init="whitened".
         scaling: s of s B A. dropout: of the factors' input, in training.
         seed: of what A is drawn from where no difference gives it.
+        show: called with each layer whose factors have been fitted, and a word on it.
         pack: "bf16", "int8" or "int4" to run the shared MLPs on packed weights; see ``pack_base``.
 
     Raises:
@@ -116,7 +119,7 @@ def convert(
     freeze_base(shared)
     if pack is not None:
         pack_base(shared, pack, pack_group_size)
-    init_factors(shared, model, init, text)
+    init_factors(shared, model, init, text, show)
     return shared
 
 
@@ -142,7 +145,9 @@ def _as_class(model: Any, classes: tuple[Any, Any], sharing: Sharing | None) -> 
 
 
 @torch.no_grad()
-def init_factors(shared: Any, original: Any, init: str, text: Tensor | None = None) -> None:
+def init_factors(
+    shared: Any, original: Any, init: str, text: Tensor | None = None, show: Show = lambda layer, note: None
+) -> None:
     """In place: the factors of every replaced layer from what it lost, see the formulas above."""
     if init == "zero":
         return
@@ -160,6 +165,7 @@ def init_factors(shared: Any, original: Any, init: str, text: Tensor | None = No
             a, b = low_rank(difference, pair.lora_A.out_features, moment)
             pair.lora_A.weight.copy_(a)
             pair.lora_B.weight.copy_(b / shared.sharing.scaling)
+        show(layer, f"layer {layer}")
 
 
 def dense_weights(mlp: Any, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, Tensor]:
