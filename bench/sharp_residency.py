@@ -54,7 +54,8 @@ def residency(hidden: int, inner: int, kv_heads: int, rank: int, packing: str) -
 
     def layer() -> tuple[Attention, MlpLora]:
         ins_outs = ((hidden, inner), (hidden, inner), (inner, hidden))
-        return Attention(hidden, kv_heads), MlpLora(*((normal(rank, i), normal(o, rank)) for i, o in ins_outs))
+        lora = MlpLora(*((normal(rank, i), normal(o, rank)) for i, o in ins_outs))
+        return Attention(hidden, kv_heads), llmkern.pack_lora(lora)
 
     def base() -> llmkern.PackedMlp:
         weights = MlpWeights(normal(inner, hidden), normal(inner, hidden), normal(hidden, inner))

@@ -94,11 +94,25 @@ inline Doubles load(const double* p, All) {
   return x;
 }
 
+#if defined(CPU_CAPABILITY_AVX512)
+// The bytes of some lanes or of all: a copy of so many, through memory, would be waited for.
+template <typename T>
+inline __mmask64 bytes_of(First lanes) {
+  const uint64_t count = lanes.count * sizeof(T);
+  return count < 64 ? (uint64_t{1} << count) - 1 : ~uint64_t{0};
+}
+
+// Numbers of the type that p points at.
+inline Floats widened(const c10::BFloat16*, __m256i bits) {
+  return reinterpret<Floats>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+inline Floats widened(const c10::Half*, __m256i bits) { return _mm512_cvtph_ps(bits); }
+#endif
+
 // Without the intrinsics GCC widens the two halves of a register one by one.
 inline Floats load(const c10::BFloat16* p, All) {
 #if defined(CPU_CAPABILITY_AVX512)
-  return reinterpret<Floats>(
-      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+  return widened(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(CPU_CAPABILITY_AVX2)
   return reinterpret<Floats>(
       _mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16));
@@ -111,7 +125,7 @@ inline Floats load(const c10::BFloat16* p, All) {
 
 inline Floats load(const c10::Half* p, All) {
 #if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return widened(p, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif defined(CPU_CAPABILITY_AVX2)
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
@@ -130,39 +144,67 @@ inline Words load_words(const uint32_t* p) {
 // Lanes past the end read as zero.
 template <typename T>
 inline Lanes<Acc<T>> load(const T* p, First lanes) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512i bits = _mm512_maskz_loadu_epi8(bytes_of<T>(lanes), p);
+  if constexpr (sizeof(T) == sizeof(Acc<T>)) {
+    return reinterpret<Lanes<Acc<T>>>(bits);
+  } else {
+    return widened(p, _mm512_castsi512_si256(bits));
+  }
+#else
   T padded[kLanes<Acc<T>>] = {};
   std::memcpy(static_cast<void*>(padded), p, lanes.count * sizeof(T));
   return load(padded, All{});
+#endif
 }
 
 inline void store(float* p, Floats x, All) { std::memcpy(p, &x, sizeof(x)); }
 
 inline void store(double* p, Doubles x, All) { std::memcpy(p, &x, sizeof(x)); }
 
-inline void store(c10::BFloat16* p, Floats x, All) {
+// Half a register of numbers of the type that p points at.
+using Narrow = typename VectorType<uint16_t, kRegisterBytes / 2>::type;
+inline Narrow narrowed(const c10::BFloat16*, Floats x) {
   // Add half of the last kept place, and one more where the kept part is odd: to nearest, ties to even.
   const Words bits = reinterpret<Words>(x);
   const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const Words kept = x == x ? rounded : Words{} + 0x7fc0;
-  const auto narrow = __builtin_convertvector(kept, typename VectorType<uint16_t, kRegisterBytes / 2>::type);
-  std::memcpy(static_cast<void*>(p), &narrow, sizeof(narrow));
+  return __builtin_convertvector(kept, Narrow);
 }
-
-inline void store(c10::Half* p, Floats x, All) {
+inline Narrow narrowed(const c10::Half*, Floats x) {
 #if defined(CPU_CAPABILITY_AVX512)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  return reinterpret<Narrow>(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(CPU_CAPABILITY_AVX2)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  return reinterpret<Narrow>(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
 #else
-  for (int i = 0; i < kLanes<float>; ++i) p[i] = x[i];
+  Narrow bits;
+  for (int i = 0; i < kLanes<float>; ++i) bits[i] = c10::Half(x[i]).x;
+  return bits;
 #endif
 }
 
 template <typename T>
+  requires(sizeof(T) < sizeof(float))
+inline void store(T* p, Floats x, All) {
+  const Narrow bits = narrowed(p, x);
+  std::memcpy(static_cast<void*>(p), &bits, sizeof(bits));
+}
+
+template <typename T>
 inline void store(T* p, Lanes<Acc<T>> x, First lanes) {
+#if defined(CPU_CAPABILITY_AVX512)
+  __m512i bits;
+  if constexpr (sizeof(T) == sizeof(Acc<T>)) {
+    bits = reinterpret<__m512i>(x);
+  } else {
+    bits = _mm512_castsi256_si512(reinterpret<__m256i>(narrowed(p, x)));
+  }
+  _mm512_mask_storeu_epi8(p, bytes_of<T>(lanes), bits);
+#else
   T padded[kLanes<Acc<T>>];
   store(padded, x, All{});
   std::memcpy(static_cast<void*>(p), padded, lanes.count * sizeof(T));
+#endif
 }
 
 // Two registers of 2 kLanes neighbouring entries. Which entry lies in which lane is left open, since bfloat16 widens
