@@ -65,6 +65,22 @@ def test_warmup_lowers_every_layers_error(original, ids, teacher):
     torch.testing.assert_close(original.model.layers[3].mlp(x), y)
 
 
+def part_that_moves(model, run):
+    """Of bfloat16 factors under 40 steps of Adam of 1e-4, a fraction of what they resolve; the rest are as before."""
+    before = factors(model)
+    run()
+    after = factors(model)
+    assert {t.dtype for t in after.values()} == {torch.bfloat16}
+    return sum(int((t != before[name]).sum()) for name, t in after.items()) / sum(t.numel() for t in after.values())
+
+
+def test_half_precision_is_warmed_up_in_float32(device, original, ids, tmp_path):
+    half = copy.deepcopy(original).to(device, torch.bfloat16)
+    teacher = warmup.TeacherCache(tmp_path, half, ids.to(device), (2, 3, 5), shard_rows=4)
+    model = convert(half, GROUPS, rank=4, init="svd")
+    assert part_that_moves(model, lambda: warmup.warm_up(model, teacher, replace(STEPS, learning_rate=1e-4))) > 0.5
+
+
 def test_pre_activations_are_kept_while_a_layer_is_warmed_up_and_at_no_other_time(original, teacher, monkeypatch):
     kept, real = [], shared_mlp.shared_lora_mlp
 
@@ -143,7 +159,11 @@ def test_teacher_files_are_whole_and_found_again(original, ids, teacher, tmp_pat
 def test_full_disk_is_a_sentence(original, ids, teacher, monkeypatch):
     usage = type("Usage", (), {"free": 10})
     monkeypatch.setattr(warmup.shutil, "disk_usage", lambda _: usage)
-    assert "GB of free disk under" in refusal(teacher.fill)
+    found = refusal(teacher.fill)
+    assert f"expected {teacher.nbytes} bytes of free disk under" in found
+    assert "got 10 bytes" in found
+    sizes = (999_999, 1_000_000, 12_345_678_900)
+    assert [warmup._size(size) for size in sizes] == ["999999 bytes", "1.00 MB", "12.35 GB"]
     monkeypatch.undo()
 
     def full(descriptor):
@@ -156,9 +176,13 @@ def test_full_disk_is_a_sentence(original, ids, teacher, monkeypatch):
 
 def test_warmup_refusals(original, ids, teacher, tmp_path):
     model = convert(original, GROUPS, rank=2)
-    assert "expected layers among those replaced, [2, 3, 5], got [4]" in refusal(
-        warmup.warm_up, model, teacher, STEPS, layers=[4]
-    )
+    known = "expected layers among those with factors and outputs of the original"
+    assert f"{known}, [2, 3, 5], got [4]" in refusal(warmup.warm_up, model, teacher, STEPS, layers=[4])
+    uneven = convert(original, GROUPS, rank={"up_proj": 2})
+    uneven.model.layers[2].mlp.up_proj = None
+    assert f"{known}, [3, 5], got [2]" in refusal(warmup.warm_up, uneven, teacher, STEPS, layers=[2, 3])
+    bare = convert(original, GROUPS, rank=0)
+    assert "a model with factors, got one without any" in refusal(warmup.warm_up, bare, teacher, STEPS)
     assert "more than 16 rows of text, got 8" in refusal(warmup.TeacherCache, tmp_path, original, ids[:8], (2,))
 
 
@@ -204,16 +228,10 @@ def test_what_finetuning_minimises(original, ids, tmp_path, answer_only):
     assert [trained, held_out] == pytest.approx([losses[:, first:].mean().item()] * 2, abs=2e-4)
 
 
-def test_half_precision_trains_in_float32(original, examples, tmp_path):
-    """Steps of Adam are a fraction of what bfloat16 resolves; a thousandth of the factors' size here."""
+def test_half_precision_is_fine_tuned_in_float32(original, examples, tmp_path):
     model = convert(copy.deepcopy(original).bfloat16(), GROUPS, rank=4, init="svd")
-    before = factors(model)
     settings = replace(SETTINGS, steps=40, learning_rate=1e-4, log_every=40, save_every=40)
-    finetune.finetune(model, examples, tmp_path, settings)
-    after = factors(model)
-    assert {t.dtype for t in after.values()} == {torch.bfloat16}
-    moved = sum(int((t != before[name]).sum()) for name, t in after.items()) / sum(t.numel() for t in after.values())
-    assert moved > 0.5
+    assert part_that_moves(model, lambda: finetune.finetune(model, examples, tmp_path, settings)) > 0.5
     assert all(p.grad is None for p in model.parameters())
 
 

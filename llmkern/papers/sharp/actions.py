@@ -21,7 +21,7 @@ from llmkern.papers.data_selection.files import locked, make_folder, write_json
 from llmkern.papers.sharp import bench, convert, files, report, warmup
 from llmkern.papers.sharp.command import RECORDS, options_of
 from llmkern.papers.sharp.evaluate import mean_loss, perplexity, write_samples
-from llmkern.papers.sharp.finetune import FinetuneSettings, finetune, training_in_float32
+from llmkern.papers.sharp.finetune import FinetuneSettings, finetune
 from llmkern.papers.sharp.groups import mlp_distances, parse_groups, spread
 from llmkern.papers.sharp.text import read_examples, read_windows
 
@@ -85,11 +85,10 @@ def run_warmup(arguments: argparse.Namespace) -> None:
         model = files.load(arguments.model, op=op, dtype="auto")
         teacher = files.load(arguments.teacher, shared=False, op=op, dtype="auto")
         tokenizer = _tokenizer(arguments.model, op)
-    files.check_factors(op, model)
+    layers = warmup.layers_with_factors(model) if arguments.layers is None else arguments.layers
     files.check_same_base(op, model, teacher)
     text = read_windows(op, _needed(tokenizer, op), arguments.text, arguments.length, arguments.windows)
     work = make_folder(op, "--work", _work(arguments))
-    layers = sorted(model.sharing.references) if arguments.layers is None else arguments.layers
     settings = warmup.WarmupSettings(
         arguments.steps, arguments.tokens, arguments.learning_rate, max(1, arguments.steps // 10), arguments.seed
     )
@@ -98,8 +97,7 @@ def run_warmup(arguments: argparse.Namespace) -> None:
     with progress_bar(console, "outputs of the original", len(cache.parts)) as show:
         cache.fill(show)
         show(len(cache.parts))
-    bar = progress_bar(console, "warmup", settings.steps * len(layers))
-    with bar as show, training_in_float32(model):
+    with progress_bar(console, "warmup", settings.steps * len(layers)) as show:
         histories = warmup.warm_up(model, cache, settings, Cache(work), layers, show)
     found = {"options": options_of(arguments), **warmup.record(histories, settings)}
     _save(op, arguments.out, model, tokenizer, arguments.model, "warmup", found)

@@ -188,6 +188,10 @@ def check_factors(op: str, model: Any) -> dict[str, LoraPair]:
     return found
 
 
+def raw_bytes(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
 def base_fingerprint(model: Any) -> str:
     """Short hash of the weights without factors: names, shapes and 64 values of each, rounded to bfloat16; and of how
     they are packed.
@@ -203,7 +207,7 @@ def base_fingerprint(model: Any) -> str:
         flat = tensor.detach().flatten()
         some = flat[torch.linspace(0, len(flat) - 1, min(64, len(flat))).long().to(flat.device)]
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(some.cpu().bfloat16().view(torch.int16).numpy().tobytes())
+        digest.update(raw_bytes(some.bfloat16()))
     return digest.hexdigest()[:16]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmkern._library import bad_value
 from llmkern.demo.cache import stage_key
-from llmkern.papers.sharp.files import base_fingerprint, enough_disk
+from llmkern.papers.sharp.files import base_fingerprint, enough_disk, raw_bytes
 from llmkern.papers.sharp.observe import check_ids
 from llmkern.papers.sharp.text import IGNORED, Example
 
@@ -163,7 +163,7 @@ def _key(model: Any, examples: Sequence[Example], settings: FinetuneSettings) ->
     digest = hashlib.sha256(json.dumps([asdict(example) for example in examples]).encode())
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            digest.update(name.encode() + parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(name.encode() + raw_bytes(parameter))
     return stage_key(settings, base_fingerprint(model), digest.hexdigest())
 
 

@@ -38,7 +38,7 @@ def watch_mlps(
     try:
         model.eval()
         for batch in ids.split(batch_size):
-            model.model(input_ids=batch, use_cache=False)
+            model.model(input_ids=batch.to(model.device), use_cache=False)
     finally:
         model.train(training)
         for one in hooks:

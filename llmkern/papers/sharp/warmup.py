@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from llmkern._library import bad_value
 from llmkern.demo.cache import Cache, resumable_steps, stage_key
 from llmkern.papers.data_selection.files import atomic
-from llmkern.papers.sharp.files import base_fingerprint, enough_disk
+from llmkern.papers.sharp.files import base_fingerprint, check_factors, enough_disk, raw_bytes
+from llmkern.papers.sharp.finetune import training_in_float32
 from llmkern.papers.sharp.observe import watch_mlps
 
 OP = "sharp warmup"
@@ -54,7 +55,7 @@ class TeacherCache:
         self.parts = ids.split(shard_rows)
         if len(self.parts) < 2:
             raise bad_value(OP, f"more than {shard_rows} rows of text", len(ids), "give a longer text")
-        text = hashlib.sha256(ids.long().numpy().tobytes()).hexdigest()
+        text = hashlib.sha256(raw_bytes(ids.long())).hexdigest()
         self.key = stage_key(base_fingerprint(teacher), text, self.layers, shard_rows, str(teacher.dtype))
         self.folder = Path(folder) / f"teacher-{self.key}"
         self._read: dict[int, dict[str, Tensor]] = {}
@@ -77,9 +78,8 @@ class TeacherCache:
             missing = [part for part in range(len(self.parts)) if not self.path(part).exists()]
             needed, free = self.nbytes * len(missing) // len(self.parts), shutil.disk_usage(self.folder).free
             if needed > free:
-                got = f"{free / 1e9:.2f} GB"
                 fix = "free some, or take less text or fewer layers"
-                raise bad_value(OP, f"{needed / 1e9:.2f} GB of free disk under {self.folder}", got, fix)
+                raise bad_value(OP, f"{_size(needed)} of free disk under {self.folder}", _size(free), fix)
             for part in missing:
                 found: dict[str, Tensor] = {}
 
@@ -116,18 +116,34 @@ def warm_up(
 ) -> dict[int, list[list[float]]]:
     """In place: the factors of each layer, trained alone; returns {layer: [[step, relative error], ...]}.
 
+    Factors in half precision train in float32.
+
     Args:
         model: from ``convert``. teacher: filled, of the model that it was made from.
         work: where finished layers and checkpoints lie; a run that was killed goes on from there to the same bits.
-        layers: some of the replaced ones, all by default.
+        layers: some of those with factors, all by default.
     """
-    teacher.fill()
-    replaced = sorted(model.sharing.references) if layers is None else sorted(layers)
-    unknown = [layer for layer in replaced if layer not in model.sharing.references or layer not in teacher.layers]
+    trainable = layers_with_factors(model)
+    chosen = trainable if layers is None else sorted(layers)
+    unknown = [layer for layer in chosen if layer not in trainable or layer not in teacher.layers]
     if unknown:
-        raise bad_value(OP, f"layers among those replaced, {sorted(model.sharing.references)}", unknown)
+        known = [layer for layer in trainable if layer in teacher.layers]
+        raise bad_value(OP, f"layers among those with factors and outputs of the original, {known}", unknown)
+    teacher.fill()
+    with training_in_float32(model):
+        return _warm_up(model, teacher, settings, work, chosen, show)
+
+
+def layers_with_factors(model: Any) -> list[int]:
+    """Ascending; a model without any is refused."""
+    return sorted({int(name.split(".")[1]) for name in check_factors(OP, model)})
+
+
+def _warm_up(
+    model: Any, teacher: TeacherCache, settings: WarmupSettings, work: Cache | None, layers: list[int], show: Show
+) -> dict[int, list[list[float]]]:
     histories = {}
-    for place, layer in enumerate(replaced):
+    for place, layer in enumerate(layers):
         mlp = model.model.layers[layer].mlp
         key = stage_key(settings, teacher.key, base_fingerprint(model), _digest(mlp), layer)
         made = None if work is None else work.load(f"warmup.{layer}", key)
@@ -169,7 +185,8 @@ def train_layer(
     show: Callable[[int, float], None],
 ) -> list[list[float]]:
     factors = list(mlp.parameters())
-    x, y = teacher.read(len(teacher.parts) - 1, layer)
+    device = factors[0].device
+    x, y = (rows.to(device) for rows in teacher.read(len(teacher.parts) - 1, layer))
     size = float(y.float().square().mean())
     optimizer = torch.optim.Adam(factors, lr=settings.learning_rate, betas=(0.9, 0.99), fused=True)
     history: list[list[float]] = []
@@ -187,7 +204,7 @@ def train_layer(
     for step in steps:
         if step == 0:
             measure(0)
-        x_step, y_step = _draw(teacher, layer, settings, step)
+        x_step, y_step = (rows.to(device) for rows in _draw(teacher, layer, settings, step))
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
         error(mlp.train()(x_step), y_step).backward()
@@ -208,10 +225,17 @@ def _draw(teacher: TeacherCache, layer: int, settings: WarmupSettings, step: int
     return x[rows], y[rows]
 
 
+def _size(nbytes: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if nbytes >= size:
+            return f"{nbytes / size:.2f} {unit}"
+    return f"{nbytes} bytes"
+
+
 def _digest(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
-        digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + raw_bytes(tensor))
     return digest.hexdigest()
 
 
