@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmkern.papers.sharp.convert import convert
+from llmkern.papers.sharp.conversion import convert
 from llmkern.papers.sharp.files import load, save
 
 RANK, REPEATS = 400, 3

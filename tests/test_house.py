@@ -67,7 +67,8 @@ def test_import_brings_neither_triton_nor_transformers() -> None:
     result = python("""
 import sys, torch
 before = set(sys.modules)
-import llmkern
+import llmkern, llmkern.papers.sharp
+assert "convert" in dir(llmkern.papers.sharp)
 print(sorted({name.partition(".")[0] for name in set(sys.modules) - before} & {"triton", "transformers", "peft"}))
 """)
     assert (result.returncode, result.stdout.strip()) == (0, "[]"), result.stderr

@@ -16,8 +16,9 @@ from tiny_models import PAD, WORDS, llama
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from llmkern.integrations.shared_mlp import FAMILIES, PROJECTIONS, SharedMlp, register
+from llmkern.papers import sharp
 from llmkern.papers.sharp import files
-from llmkern.papers.sharp.convert import (
+from llmkern.papers.sharp.conversion import (
     convert,
     export_dense,
     low_rank,
@@ -63,6 +64,14 @@ def shared(original):
             pair.lora_A.weight.normal_(std=0.3)
             pair.lora_B.weight.normal_(std=0.3)
     return model
+
+
+def test_the_package_gives_the_names_that_it_lists():
+    assert sharp.convert is convert
+    assert set(sharp.__all__) <= set(dir(sharp))
+    assert all(callable(getattr(sharp, name)) for name in sharp.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'merge'"):
+        sharp.merge  # noqa: B018
 
 
 def assert_as_exact_as_dense(found, model, ids, **options):
@@ -375,7 +384,7 @@ def test_merging_is_refused(shared, tmp_path):
     for model in (shared, with_peft(shared, tmp_path / "adapter")):
         for name in ("merge_and_unload", "merge_adapter"):
             text = refusal(getattr(model, name))
-            assert "of which a merge would change all; llmkern.papers.sharp.convert.export_dense" in text
+            assert "of which a merge would change all; llmkern.papers.sharp.export_dense" in text
 
 
 def test_adapter_of_another_base_is_refused(shared, tmp_path):

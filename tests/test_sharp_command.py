@@ -12,7 +12,7 @@ from llmkern.__main__ import main
 from llmkern.demo.cache import Cache
 from llmkern.papers.data_selection.files import locked
 from llmkern.papers.sharp import files, warmup
-from llmkern.papers.sharp.convert import export_dense
+from llmkern.papers.sharp.conversion import export_dense
 from llmkern.papers.sharp.evaluate import mean_loss
 from llmkern.papers.sharp.study import settings, tables
 from llmkern.papers.sharp.text import read_windows

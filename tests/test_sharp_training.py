@@ -13,8 +13,8 @@ from tiny_models import EOS, WORDS, word_tokenizer
 
 from llmkern.demo.cache import Cache
 from llmkern.integrations import shared_mlp
-from llmkern.papers.sharp import finetune, text, warmup
-from llmkern.papers.sharp.convert import convert
+from llmkern.papers.sharp import finetuning, text, warmup
+from llmkern.papers.sharp.conversion import convert
 from llmkern.papers.sharp.evaluate import mean_loss, write_samples
 
 STEPS = warmup.WarmupSettings(steps=40, tokens=64, evaluate_every=20)
@@ -188,7 +188,7 @@ def test_warmup_refusals(original, ids, teacher, tmp_path):
 
 # Fine-tuning ----------------------------------------------------------------------------------------------------------
 
-SETTINGS = finetune.FinetuneSettings(steps=12, batch=4, log_every=4, save_every=4, learning_rate=5e-3)
+SETTINGS = finetuning.FinetuneSettings(steps=12, batch=4, log_every=4, save_every=4, learning_rate=5e-3)
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +204,9 @@ def test_finetuning_learns_and_leaves_the_base(original, examples, tmp_path, trl
     model = convert(original, GROUPS, rank=4)
     base = {name: t.clone() for name, t in model.state_dict().items() if ".lora_" not in name}
     settings = replace(SETTINGS, trl=trl, answer_only=True, gradient_checkpointing=not trl)
-    history = finetune.finetune(model, examples, tmp_path, settings, held_out=examples[:4], tokenizer=word_tokenizer())
+    history = finetuning.finetune(
+        model, examples, tmp_path, settings, held_out=examples[:4], tokenizer=word_tokenizer()
+    )
     assert [step for step, *_ in history] == [4, 8, 12]
     assert history[-1][1] < history[0][1]
     assert history[-1][2] < history[0][2]
@@ -222,7 +224,7 @@ def test_what_finetuning_minimises(original, ids, tmp_path, answer_only):
     model = convert(original, GROUPS, rank=4, init="svd")
     examples = [text.Example(row.tolist(), 10) for row in ids[:16]]
     settings = replace(SETTINGS, steps=4, learning_rate=1e-12, answer_only=answer_only)
-    ((_, trained, held_out),) = finetune.finetune(model, examples, tmp_path, settings, held_out=examples)
+    ((_, trained, held_out),) = finetuning.finetune(model, examples, tmp_path, settings, held_out=examples)
     first = 9 if answer_only else 0
     losses = torch.nn.functional.cross_entropy(logits(model, ids[:16])[:, :-1].mT, ids[:16, 1:], reduction="none")
     assert [trained, held_out] == pytest.approx([losses[:, first:].mean().item()] * 2, abs=2e-4)
@@ -231,14 +233,14 @@ def test_what_finetuning_minimises(original, ids, tmp_path, answer_only):
 def test_half_precision_is_fine_tuned_in_float32(original, examples, tmp_path):
     model = convert(copy.deepcopy(original).bfloat16(), GROUPS, rank=4, init="svd")
     settings = replace(SETTINGS, steps=40, learning_rate=1e-4, log_every=40, save_every=40)
-    assert part_that_moves(model, lambda: finetune.finetune(model, examples, tmp_path, settings)) > 0.5
+    assert part_that_moves(model, lambda: finetuning.finetune(model, examples, tmp_path, settings)) > 0.5
     assert all(p.grad is None for p in model.parameters())
 
 
 def test_finetuning_resumes_and_skips_a_half_written_checkpoint(original, examples, tmp_path):
     """To the same bits, a finished run too, of which the Trainer would take one step more."""
     straight = convert(original, GROUPS, rank=4)
-    finetune.finetune(straight, examples, tmp_path, SETTINGS)
+    finetuning.finetune(straight, examples, tmp_path, SETTINGS)
     (out,) = tmp_path.iterdir()
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]
     wanted = factors(straight)
@@ -246,9 +248,9 @@ def test_finetuning_resumes_and_skips_a_half_written_checkpoint(original, exampl
         if not whole:
             state = out / "checkpoint-8" / "trainer_state.json"
             state.write_text(state.read_text()[:40])
-        assert finetune.last_whole_checkpoint(out, 12) == (str(out / "checkpoint-8") if whole else None)
+        assert finetuning.last_whole_checkpoint(out, 12) == (str(out / "checkpoint-8") if whole else None)
         again, seen = convert(original, GROUPS, rank=4), {}
-        history = finetune.finetune(again, examples, tmp_path, SETTINGS, show=seen.__setitem__)
+        history = finetuning.finetune(again, examples, tmp_path, SETTINGS, show=seen.__setitem__)
         assert list(seen) == list(steps)
         assert [step for step, *_ in history] == [4, 8, 12]
         assert all(torch.equal(t, wanted[name]) for name, t in factors(again).items())
@@ -256,9 +258,9 @@ def test_finetuning_resumes_and_skips_a_half_written_checkpoint(original, exampl
 
 def test_finetuning_refusals(original, examples, tmp_path):
     bare = convert(original, GROUPS, rank=0)
-    assert "a model with parameters to train" in refusal(finetune.finetune, bare, examples, tmp_path, SETTINGS)
+    assert "a model with parameters to train" in refusal(finetuning.finetune, bare, examples, tmp_path, SETTINGS)
     model, unknown = convert(original, GROUPS, rank=2), [*examples, text.Example([5, WORDS], 0)]
-    assert "token ids from 0 to 95, got 5 to 96" in refusal(finetune.finetune, model, unknown, tmp_path, SETTINGS)
+    assert "token ids from 0 to 95, got 5 to 96" in refusal(finetuning.finetune, model, unknown, tmp_path, SETTINGS)
     assert not list(tmp_path.iterdir())
 
 
@@ -267,7 +269,7 @@ def test_labels_and_padding():
     assert example.labels(answer_only=True) == [-100, -100, 7, 8]
     assert example.labels(answer_only=False) == [5, 6, 7, 8]
     rows = [{"input_ids": [5, 6], "labels": [5, 6]}, {"input_ids": [7, 8, 9], "labels": [-100, 8, 9]}]
-    batch = finetune.collate(rows)
+    batch = finetuning.collate(rows)
     assert batch["labels"].tolist() == [[5, 6, -100], [-100, 8, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from llmkern.demo.base import Context, progress_bar
 from llmkern.demo.report import COLORS, Section, figure_svg, html_table, new_axes
 from llmkern.papers.sharp.files import quiet_transformers
-from llmkern.papers.sharp.finetune import FinetuneSettings
+from llmkern.papers.sharp.finetuning import FinetuneSettings
 from llmkern.papers.sharp.study.rows import Seed, groups_of, make_row, test_windows
 from llmkern.papers.sharp.study.settings import BOTH, DIRECT, ORIGINAL, ROWS, Row, StudySettings
 from llmkern.papers.sharp.study.tables import IN, Found, closed, perplexities, saved, sentences

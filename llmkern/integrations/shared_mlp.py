@@ -315,7 +315,7 @@ class SharedMlpMixin:
 def merge_refused() -> ValueError:
     expected = "an MLP of its own in every layer that is to be merged"
     got = "one weight under the factors of several layers, of which a merge would change all"
-    return bad_value(NAME, expected, got, "llmkern.papers.sharp.convert.export_dense writes each layer its own weight")
+    return bad_value(NAME, expected, got, "llmkern.papers.sharp.export_dense writes each layer its own weight")
 
 
 @functools.cache

@@ -18,10 +18,10 @@ from llmkern.demo.cache import Cache
 from llmkern.integrations._loading import check_directory, load_tokenizer
 from llmkern.integrations.shared_mlp import PREFIX
 from llmkern.papers.data_selection.files import locked, make_folder, write_json
-from llmkern.papers.sharp import bench, convert, files, report, warmup
+from llmkern.papers.sharp import bench, conversion, files, report, warmup
 from llmkern.papers.sharp.command import RECORDS, options_of
 from llmkern.papers.sharp.evaluate import mean_loss, perplexity, write_samples
-from llmkern.papers.sharp.finetune import FinetuneSettings, finetune
+from llmkern.papers.sharp.finetuning import FinetuneSettings, finetune
 from llmkern.papers.sharp.groups import mlp_distances, parse_groups, spread
 from llmkern.papers.sharp.text import read_examples, read_windows
 
@@ -44,7 +44,7 @@ def run_convert(arguments: argparse.Namespace) -> None:
         distances = None if text is None else mlp_distances(original, text[:16])
     count = len(original.model.layers)
     with progress_bar(console, "layers that share", count) as show:
-        model = convert.convert(
+        model = conversion.convert(
             original,
             parse_groups(arguments.groups) if arguments.groups else None,
             replace=arguments.replace,
@@ -65,8 +65,8 @@ def run_convert(arguments: argparse.Namespace) -> None:
         )
         show(count)
     sizes = {
-        "parameters": [convert.parameters(original), convert.parameters(model)],
-        "mlp_parameters": [convert.mlp_parameters(original), convert.mlp_parameters(model)],
+        "parameters": [conversion.parameters(original), conversion.parameters(model)],
+        "mlp_parameters": [conversion.mlp_parameters(original), conversion.mlp_parameters(model)],
     }
     groups = spread(model.sharing.groups)
     found: dict[str, Any] = {"options": options_of(arguments), "groups": groups, **sizes}
@@ -156,7 +156,7 @@ def run_eval(arguments: argparse.Namespace) -> None:
         entry = {
             "folder": str(folder),
             "shared": model.config.model_type.startswith(PREFIX),
-            "parameters": convert.parameters(model),
+            "parameters": conversion.parameters(model),
             "losses": losses,
             "samples": write_samples(model, tokenizer, arguments.prompt, arguments.max_new_tokens),
         }
@@ -194,7 +194,7 @@ def run_export(arguments: argparse.Namespace) -> None:
         model = files.load(arguments.model, op=op, dtype="auto")
         tokenizer = _tokenizer(arguments.model, op)
     if arguments.dense is not None:
-        files.save(convert.export_dense(model), arguments.dense, tokenizer)
+        files.save(conversion.export_dense(model), arguments.dense, tokenizer)
     if arguments.adapter is not None:
         files.save_adapter(model, arguments.adapter)
 

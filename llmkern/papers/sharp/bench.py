@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from llmkern.integrations.shared_mlp import ReferenceMlp, pack_base
-from llmkern.papers.sharp.convert import export_dense, mlp_parameters, parameters, with_tied_layers
+from llmkern.papers.sharp.conversion import export_dense, mlp_parameters, parameters, with_tied_layers
 from llmkern.papers.sharp.files import pairs_of
 from llmkern.papers.sharp.warmup import keeping
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from llmkern.demo import base as text
 from llmkern.demo.cache import Cache, stage_key
-from llmkern.papers.sharp.convert import convert, mlp_parameters, parameters, twin
+from llmkern.papers.sharp.conversion import convert, mlp_parameters, parameters, twin
 from llmkern.papers.sharp.evaluate import mean_loss
-from llmkern.papers.sharp.finetune import finetune
+from llmkern.papers.sharp.finetuning import finetune
 from llmkern.papers.sharp.groups import Groups, choose_groups, mlp_distances
 from llmkern.papers.sharp.study.settings import Row, StudySettings
 from llmkern.papers.sharp.text import Example

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from llmkern.demo.settings import BaseSettings, CorpusSettings
-from llmkern.papers.sharp.finetune import FinetuneSettings
+from llmkern.papers.sharp.finetuning import FinetuneSettings
 from llmkern.papers.sharp.warmup import WarmupSettings
 
 
