@@ -77,6 +77,10 @@ def pack_mlp(weights: MlpWeights, *, dtype: str = "bf16", group_size: int = 128)
 
     .. math::  w \approx s_g q, \qquad s_g = \max_g |w| / 127 \ (int8), \quad s_g = -w_{largest} / 8 \ (int4)
 
+    The scales of llama.cpp's formats Q8_0 and Q4_0 (GGUF, ggml-quants.c): w_largest is the entry of largest magnitude
+    with its sign, which int4 thereby gives -8, the end that two's complement has more of. There groups are of 32 and
+    scales float16; here scales are bfloat16, and entries are divided by the scale as stored. The layout is another.
+
     Args:
         weights: gate and up (I, H), down (H, I), in any floating dtype. Groups run along H in all three, in down
             therefore over outputs.
