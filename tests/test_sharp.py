@@ -15,7 +15,8 @@ from shared_models import GROUPS, logits, model_of, refusal
 from tiny_models import PAD, WORDS, llama
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from llmkern.integrations.shared_mlp import FAMILIES, PROJECTIONS, SharedMlp, register
+from llmkern.integrations.shared_mlp import FAMILIES, SharedMlp, register
+from llmkern.integrations.sharing import PROJECTIONS
 from llmkern.papers import sharp
 from llmkern.papers.sharp import files
 from llmkern.papers.sharp.conversion import (

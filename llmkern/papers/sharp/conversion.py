@@ -24,10 +24,8 @@ from torch import Tensor, nn
 from llmkern._library import bad_value
 from llmkern.integrations.shared_mlp import (
     PREFIX,
-    PROJECTIONS,
     LoraPair,
     SharedMlp,
-    Sharing,
     check_model,
     freeze_base,
     merge_refused,
@@ -35,6 +33,7 @@ from llmkern.integrations.shared_mlp import (
     share_mlps,
     sharing_classes,
 )
+from llmkern.integrations.sharing import PROJECTIONS, Sharing
 from llmkern.ops.shared_lora_mlp import PackedMlp
 from llmkern.papers.sharp.groups import Groups, choose_groups, mlp_distances, ranks_of
 from llmkern.papers.sharp.observe import moments

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from llmkern._library import bad_value
 from llmkern.integrations._loading import check_directory, load_model
-from llmkern.integrations.shared_mlp import PREFIX, PROJECTIONS, LoraPair, freeze_base, register
+from llmkern.integrations.shared_mlp import PREFIX, LoraPair, freeze_base, register
+from llmkern.integrations.sharing import PROJECTIONS
 from llmkern.papers.sharp.command import RECORDS
 
 OP = "sharp"

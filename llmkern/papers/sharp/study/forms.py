@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkern.demo.cache import stage_key
+from llmkern.integrations.sharing import PROJECTIONS
 from llmkern.papers.sharp.groups import ranks_of
 from llmkern.papers.sharp.study.rows import Seed, groups_of, teacher_of
 from llmkern.papers.sharp.study.settings import Row
 from llmkern.papers.sharp.warmup import train_layer
 
 FORMS = ("additive", "left", "right", "two-sided", "additive, diagonals")
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 class FormedWeight(nn.Module):
