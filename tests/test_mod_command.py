@@ -127,7 +127,6 @@ def test_refused_truncated_weights(folders, broken, keep):
         ("config.json", "config.json", "{"),
         ("config.json", "config.json", '{"model_type": "llama", "hidden_size": "many"}'),
         ("config.json", "config.json", '{"model_type": "a made-up one"}'),
-        ("config.json", "model", '{"model_type": "llama", "hidden_size": 64}'),
         ("tokenizer.json", "tokenizer", "{}"),
     ],
 )
@@ -135,6 +134,14 @@ def test_refused_corrupt_text(folders, broken, file, what, text):
     (broken / file).write_text(text)
     message = load_error(folders[0], broken)
     assert f"expected models[1] to hold a readable {what}, got {broken}: " in message
+
+
+def test_refused_config_of_other_shapes(folders, broken):
+    (broken / "config.json").write_text('{"model_type": "llama", "hidden_size": 64}')
+    expected = "expected lm_head.weight of models[1] to have the shape (32000, 64) of its config.json, got ("
+    message = load_error(folders[0], broken)
+    assert expected in message
+    assert message.endswith(f"in {broken}; save it anew")
 
 
 def test_refused_missing_weights(folders, broken):
