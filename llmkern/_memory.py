@@ -18,6 +18,8 @@ from llmkern._library import has_values
 
 # Tensors begin at a line of memory.
 LINE = 64
+# Of whole pages from here on: Linux places such a mapping at the begin of one, and leaves no part of it in small pages.
+PAGE = 1 << 21
 
 
 def zeros_to_stream(like: Tensor, kinds: Sequence[tuple[Sequence[int], torch.dtype]]) -> list[Tensor]:
@@ -32,6 +34,8 @@ def zeros_to_stream(like: Tensor, kinds: Sequence[tuple[Sequence[int], torch.dty
     for shape, dtype in kinds:
         starts.append(size)
         size += -(-math.prod(shape) * dtype.itemsize // LINE) * LINE
+    if size >= PAGE // 2:
+        size = -(-size // PAGE) * PAGE
     # Zeros as the system gives them.
     memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     # A kernel may be built without huge pages.
