@@ -217,3 +217,17 @@ def test_words_follow_the_interval():
     assert tables.relation(found, "b", "a") == "is worse than"
     assert tables.relation(found, "a", "c") == "cannot be told, over 3 seeds, from"
     assert tables.relation(found, "d", "a") == "is worse than"
+
+
+def test_rows_are_compared_seed_by_seed():
+    from llmkern.papers.sharp.study import tables
+
+    def row(*losses):
+        return {str(seed): {"losses": {tables.IN: loss}} for seed, loss in enumerate(losses)}
+
+    # Seeds differ by far more than rows do.
+    found = {"rows": {"one": row(3.0, 2.0, 5.0), "worse": row(3.1, 2.11, 5.09), "alike": row(3.1, 1.9, 5.0)}}
+    assert tables.difference(found, "worse", "one") == pytest.approx([0.1, 0.11, 0.09])
+    assert tables.relation(found, "worse", "one") == "is worse than"
+    assert tables.relation(found, "one", "worse") == "is better than"
+    assert tables.relation(found, "alike", "one") == "cannot be told, over 3 seeds, from"

@@ -162,9 +162,12 @@ def pack_base(model: Any, dtype: str, group_size: int = 128) -> int:
         size += reference.packed.nbytes
         for layer in group[1:]:
             mlp = model.model.layers[layer].mlp
-            for own, moved in zip(mlp.lora[:3], pack_lora(mlp.lora)[:3]):
-                for parameter, copy in zip(own or (), moved or ()):
-                    parameter.data = copy
+            pairs = [getattr(mlp, name) for name in PROJECTIONS]
+            gate, up, down = (None if pair is None else pair.pair for pair in pairs)
+            moved: Any = pack_lora(MlpLora(gate, up, down))
+            for pair, copies in zip(pairs, moved[:3]):
+                if pair is not None:
+                    pair.lora_A.weight.data, pair.lora_B.weight.data = copies
     model.config.sharing = replace(model.sharing, pack=dtype, pack_group_size=group_size).to_dict()
     return size
 

@@ -14,7 +14,7 @@ also take up the error of quantisation.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,8 @@ from llmkern.integrations.shared_mlp import (
 from llmkern.integrations.sharing import PROJECTIONS, Sharing
 from llmkern.ops.shared_lora_mlp import PackedMlp
 from llmkern.papers.sharp.groups import Groups, choose_groups, mlp_distances, ranks_of
-from llmkern.papers.sharp.observe import moments
+from llmkern.papers.sharp.observe import Show, moments
 
-Show = Callable[[int, str], object]
 INITS = ("svd", "whitened", "zero")
 RANK_RATIO = 0.05
 # Above this many rows and columns a few steps of subspace iteration take the place of a full decomposition.

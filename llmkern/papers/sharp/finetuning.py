@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,11 +16,10 @@ from torch import Tensor
 from llmkern._library import bad_value
 from llmkern.demo.cache import stage_key
 from llmkern.papers.sharp.files import base_fingerprint, enough_disk, raw_bytes
-from llmkern.papers.sharp.observe import check_ids
+from llmkern.papers.sharp.observe import Show, check_ids
 from llmkern.papers.sharp.text import IGNORED, Example
 
 OP = "sharp finetune"
-Show = Callable[[int, str], object]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from llmkern._library import bad_value
 
+# How long work tells what is done, and a word on it.
+Show = Callable[[int, str], object]
+
 
 def check_ids(model: Any, ids: Tensor) -> None:
     expected = "token ids (N, T), whole numbers and at least one"

@@ -26,10 +26,9 @@ from llmkern.demo.cache import Cache, resumable_steps, stage_key
 from llmkern.papers.data_selection.files import atomic
 from llmkern.papers.sharp.files import base_fingerprint, check_factors, enough_disk, raw_bytes
 from llmkern.papers.sharp.finetuning import training_in_float32
-from llmkern.papers.sharp.observe import watch_mlps
+from llmkern.papers.sharp.observe import Show, watch_mlps
 
 OP = "sharp warmup"
-Show = Callable[[int, str], object]
 
 
 @dataclass(frozen=True)

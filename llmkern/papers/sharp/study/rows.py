@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,10 @@ from llmkern.papers.sharp.conversion import convert, mlp_parameters, parameters,
 from llmkern.papers.sharp.evaluate import mean_loss
 from llmkern.papers.sharp.finetuning import finetune
 from llmkern.papers.sharp.groups import Groups, choose_groups, mlp_distances
+from llmkern.papers.sharp.observe import Show
 from llmkern.papers.sharp.study.settings import Row, StudySettings
 from llmkern.papers.sharp.text import Example
 from llmkern.papers.sharp.warmup import TeacherCache, warm_up
-
-Show = Callable[[int, str], object]
 
 
 @dataclass

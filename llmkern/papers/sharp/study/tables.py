@@ -51,13 +51,19 @@ def closed(found: Found, row: str, text: str = IN) -> list[float]:
     ]
 
 
-def relation(found: Found, ours: str, other: str) -> str:
-    """By the differences within seeds: better or worse only where their 95 % interval leaves out zero."""
+def difference(found: Found, ours: str, other: str) -> list[float]:
+    """Nats of one row above another, seed by seed."""
     rows = found["rows"]
     seeds = sorted(rows[ours].keys() & rows[other].keys())
-    mean, half = mean_and_half([rows[ours][s]["losses"][IN] - rows[other][s]["losses"][IN] for s in seeds])
+    return [rows[ours][s]["losses"][IN] - rows[other][s]["losses"][IN] for s in seeds]
+
+
+def relation(found: Found, ours: str, other: str) -> str:
+    """Better or worse only where the 95 % interval of the differences leaves out zero."""
+    values = difference(found, ours, other)
+    mean, half = mean_and_half(values)
     if not math.isnan(half) and abs(mean) <= half:
-        return f"cannot be told, over {len(seeds)} seeds, from"
+        return f"cannot be told, over {len(values)} seeds, from"
     return "is better than" if mean < 0 else "is worse than"
 
 
@@ -68,7 +74,7 @@ def saved(found: Found, row: str, what: str = "mlp_parameters") -> float | None:
 
 def table(found: Found) -> tuple[list[str], list[list[str]]]:
     texts = list(next(iter(found["rows"][ORIGINAL].values()))["losses"])
-    header = ["", "seeds", "MLP saved", "bytes", *texts, "gap closed"]
+    header = ["", "seeds", "MLP saved", "bytes", *texts, "nats above", "gap closed"]
     rows = []
     for name, by_seed in found["rows"].items():
         one = next(iter(by_seed.values()))
@@ -76,6 +82,7 @@ def table(found: Found) -> tuple[list[str], list[list[str]]]:
         part = "" if share is None else f"{100 * share:.0f} %"
         cells = [name, str(len(by_seed)), part, f"{one['bytes'] / 1e6:.2f} M"]
         cells += [text_of(perplexities(found, name, text)) for text in texts]
+        cells.append("" if name == ORIGINAL else text_of(difference(found, name, ORIGINAL), 3))
         same = DIRECT in found["rows"] and one["groups"] == next(iter(found["rows"][DIRECT].values()))["groups"]
         gap = closed(found, name) if same and name != DIRECT else []
         rows.append([*cells, f"{100 * mean_and_half(gap)[0]:.0f} %" if gap else ""])
@@ -122,7 +129,8 @@ def sentences(found: Found) -> list[str]:
     for ours, other, words in compared:
         if ours in rows and other in rows:
             a, b = (mean_and_half(perplexities(found, name))[0] for name in (ours, other))
-            said.append(f"{ours} ({a:.2f}) {relation(found, ours, other)} {words} ({b:.2f}).")
+            nats = text_of(difference(found, ours, other), 3)
+            said.append(f"{ours} ({a:.2f}) {relation(found, ours, other)} {words} ({b:.2f}), by {nats} nats.")
     for text in list(next(iter(rows[ORIGINAL].values()))["losses"])[1:]:
         if BOTH in rows and DIRECT in rows:
             before, after = (mean_and_half(perplexities(found, name, text))[0] for name in (ORIGINAL, BOTH))
